@@ -1,0 +1,1 @@
+"""The contract between router and shards: `shard.proto`, and the dataclasses both sides read."""

@@ -1,0 +1,34 @@
+"""RouterConfig: every dial of the router process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorafleet.proto.flags import check_range, flag
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Router: HTTP, queues and scheduling."""
+
+    hostname: str = flag("0.0.0.0", "address to listen on")
+    port: int = flag(3000, "port to listen on", short="-p")
+    shards: tuple[str, ...] = flag((), "gRPC addresses of the group's ranks, rank 0 first; set by the launcher")
+    adapter_source: str = flag("", "source of adapters whose request names none: local or hub; empty = local when there is an adapter root, else hub", choices=("", "local", "hub"))
+    max_concurrent_requests: int = flag(1024, "requests in the service at once; more get 429")
+    max_input_length: int = flag(0, "prompt tokens a request may have; 0 = what max_total_tokens leaves")
+    max_stop_sequences: int = flag(16, "stop strings a request may have")
+    max_best_of: int = flag(4, "sequences one request may ask for (best_of, n)")
+    prefill_chunk_tokens: int = flag(0, "prompt tokens of one sequence computed per step; 0 = up to the step's budget")
+    prefix_caching: bool = flag(True, "reuse KV pages of equal prompt prefixes under the same adapter")
+    validation_workers: int = flag(2, "threads that tokenize")
+    shutdown_grace_seconds: float = flag(30.0, "seconds running requests get to finish after SIGTERM")
+    shard_connect_seconds: float = flag(600.0, "seconds to wait for the shards to load")
+
+    def __post_init__(self) -> None:
+        check_range("port", self.port, 0, 65535)
+        check_range("max_concurrent_requests", self.max_concurrent_requests, 1, 1 << 20)
+        check_range("max_stop_sequences", self.max_stop_sequences, 0, 1024)
+        check_range("max_best_of", self.max_best_of, 1, 128)
+        check_range("prefill_chunk_tokens", self.prefill_chunk_tokens, 0, 1 << 20)
+        check_range("validation_workers", self.validation_workers, 1, 64)
