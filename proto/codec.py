@@ -43,7 +43,10 @@ def serialize(message: Any) -> bytes:
 
 def deserializer(kind: type) -> Callable[[bytes], Any]:
     """A function from wire bytes to a dataclass of `kind`, for gRPC stubs and handlers."""
-    parse, convert = getattr(shard_pb2, kind.__name__).FromString, _DECODERS[getattr(shard_pb2, kind.__name__)]
+    parse, convert = (
+        getattr(shard_pb2, kind.__name__).FromString,
+        _DECODERS[getattr(shard_pb2, kind.__name__)],
+    )
     return lambda data: convert(parse(data))
 
 

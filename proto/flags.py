@@ -1,4 +1,4 @@
-"""Frozen dataclass -> argparse -> instance: a flag, its environment variable, default and help in one place.
+"""Frozen dataclass -> argparse -> instance: a flag, its variable, default and help in one place.
 
 A config field made with `flag(default, help)` becomes `--field-name` with environment variable
 `FIELD_NAME`; a flag given wins over the environment, which wins over the default.
@@ -14,7 +14,16 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
-_SIZES = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZES = {
+    "": 1,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+}
 
 
 class Bytes(int):
@@ -37,7 +46,9 @@ class Bytes(int):
         return str(int(self))
 
 
-def flag(default: Any = MISSING, help: str = "", *, choices: Iterable[str] = (), short: str = "") -> Any:
+def flag(
+    default: Any = MISSING, help: str = "", *, choices: Iterable[str] = (), short: str = ""
+) -> Any:
     """A config field that is also a command-line flag; without a default it is required."""
     metadata = {"help": help, "choices": tuple(choices), "short": short}
     if default is MISSING:
@@ -100,7 +111,9 @@ def _add_flag(group: Any, f: Field[Any], hint: Any) -> None:
     names = [_flag_name(f)] + ([f.metadata["short"]] if f.metadata["short"] else [])
     shown = "required" if required else f"default: {_shown(default)}"
     help = f"{f.metadata['help']} ({shown}; env {f.name.upper()})".replace("%", "%%")
-    group.add_argument(*names, help=help, default=None if default is MISSING else default, **options)
+    group.add_argument(
+        *names, help=help, default=None if default is MISSING else default, **options
+    )
 
 
 def _flag_name(f: Field[Any], prefix: str = "") -> str:
@@ -108,7 +121,11 @@ def _flag_name(f: Field[Any], prefix: str = "") -> str:
 
 
 def _as_bool(value: Any) -> bool:
-    return value if isinstance(value, bool) else str(value).strip().lower() in ("1", "true", "yes", "on")
+    return (
+        value
+        if isinstance(value, bool)
+        else str(value).strip().lower() in ("1", "true", "yes", "on")
+    )
 
 
 def _shown(default: Any) -> str:
@@ -124,4 +141,6 @@ def _title(config: type) -> str:
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raises ValueError naming the flag and the allowed range."""
     if not low <= value <= high:
-        raise ValueError(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
+        raise ValueError(
+            f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}"
+        )

@@ -13,16 +13,36 @@ class RouterConfig:
 
     hostname: str = flag("0.0.0.0", "address to listen on")
     port: int = flag(3000, "port to listen on", short="-p")
-    shards: tuple[str, ...] = flag((), "gRPC addresses of the group's ranks, rank 0 first; set by the launcher")
-    adapter_source: str = flag("", "source of adapters whose request names none: local or hub; empty = local when there is an adapter root, else hub", choices=("", "local", "hub"))
+    shards: tuple[str, ...] = flag(
+        (),
+        "gRPC addresses of the group's ranks, rank 0 first; set by the launcher",
+    )
+    adapter_source: str = flag(
+        "",
+        "source of adapters whose request names none: local or hub; empty = local when "
+        "there is an adapter root, else hub",
+        choices=("", "local", "hub"),
+    )
     max_concurrent_requests: int = flag(1024, "requests in the service at once; more get 429")
-    max_input_length: int = flag(0, "prompt tokens a request may have; 0 = what max_total_tokens leaves")
+    max_input_length: int = flag(
+        0,
+        "prompt tokens a request may have; 0 = what max_total_tokens leaves",
+    )
     max_stop_sequences: int = flag(16, "stop strings a request may have")
     max_best_of: int = flag(4, "sequences one request may ask for (best_of, n)")
-    prefill_chunk_tokens: int = flag(0, "prompt tokens of one sequence computed per step; 0 = up to the step's budget")
-    prefix_caching: bool = flag(True, "reuse KV pages of equal prompt prefixes under the same adapter")
+    prefill_chunk_tokens: int = flag(
+        0,
+        "prompt tokens of one sequence computed per step; 0 = up to the step's budget",
+    )
+    prefix_caching: bool = flag(
+        True,
+        "reuse KV pages of equal prompt prefixes under the same adapter",
+    )
     validation_workers: int = flag(2, "threads that tokenize")
-    shutdown_grace_seconds: float = flag(30.0, "seconds running requests get to finish after SIGTERM")
+    shutdown_grace_seconds: float = flag(
+        30.0,
+        "seconds running requests get to finish after SIGTERM",
+    )
     shard_connect_seconds: float = flag(600.0, "seconds to wait for the shards to load")
 
     def __post_init__(self) -> None:

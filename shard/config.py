@@ -16,23 +16,56 @@ class ShardConfig:
     model_id: str = flag(help="base model: a local directory, or a hub id, optionally id@revision")
     revision: str = flag("", "commit, branch or tag of a hub model")
     num_shard: int = flag(1, "tensor-parallel shard processes, one per device")
-    dtype: str = flag("auto", "serving dtype; auto takes the checkpoint's", choices=("auto", "float32", "bfloat16", "float16"))
-    device: str = flag("auto", "where shards compute; auto takes cuda when there is one", choices=("auto", "cpu", "cuda"))
-    max_total_tokens: int = flag(0, "tokens a sequence may hold, prompt and generated together; 0 = the model's maximum, at most 4096")
+    dtype: str = flag(
+        "auto",
+        "serving dtype; auto takes the checkpoint's",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = flag(
+        "auto",
+        "where shards compute; auto takes cuda when there is one",
+        choices=("auto", "cpu", "cuda"),
+    )
+    max_total_tokens: int = flag(
+        0,
+        "tokens a sequence may hold, prompt and generated together; "
+        "0 = the model's maximum, at most 4096",
+    )
     max_batch_size: int = flag(256, "sequences that run at once")
-    max_batch_prefill_tokens: int = flag(1024, "tokens one step may compute, prompt chunks and decodes together")
+    max_batch_prefill_tokens: int = flag(
+        1024, "tokens one step may compute, prompt chunks and decodes together"
+    )
     kv_pages: int = flag(0, f"KV cache pages of {PAGE_SIZE} tokens; 0 = fit kv_cache_bytes")
-    kv_cache_bytes: Bytes = flag(Bytes(0), "KV cache bytes per shard; 0 = 1GiB on CPU, on CUDA what cuda_memory_fraction leaves")
+    kv_cache_bytes: Bytes = flag(
+        Bytes(0),
+        "KV cache bytes per shard; 0 = 1GiB on CPU, on CUDA what cuda_memory_fraction leaves",
+    )
     cuda_memory_fraction: float = flag(0.9, "share of a CUDA device's memory to use")
     max_active_adapters: int = flag(1024, "adapters that can be on the device at once")
-    adapter_device_bytes: Bytes = flag(Bytes(0), "device bytes per shard for adapters; 0 = 1GiB on CPU, a tenth of the device on CUDA")
+    adapter_device_bytes: Bytes = flag(
+        Bytes(0),
+        "device bytes per shard for adapters; 0 = 1GiB on CPU, a tenth of the device on CUDA",
+    )
     adapter_host_bytes: Bytes = flag(Bytes("4GiB"), "host memory bytes per shard for adapters")
-    adapter_disk_bytes: Bytes = flag(Bytes("20GiB"), "disk bytes per machine for downloaded adapters")
-    adapter_root: str = flag("", "directory under which adapter_source \"local\" finds adapters; empty = local adapters are refused")
-    adapter_cache_dir: str = flag("~/.cache/lorafleet/adapters", "directory for downloaded adapters")
+    adapter_disk_bytes: Bytes = flag(
+        Bytes("20GiB"), "disk bytes per machine for downloaded adapters"
+    )
+    adapter_root: str = flag(
+        "",
+        'directory under which adapter_source "local" finds adapters; '
+        "empty = local adapters are refused",
+    )
+    adapter_cache_dir: str = flag(
+        "~/.cache/lorafleet/adapters", "directory for downloaded adapters"
+    )
     rank: int = flag(0, "this shard's rank, 0 .. num_shard - 1; set by the launcher")
-    listen: str = flag("127.0.0.1:7400", "gRPC address of this shard, host:port or unix:PATH; set by the launcher")
-    rendezvous: str = flag("", "torch.distributed init method all ranks share, e.g. tcp://host:port; set by the launcher")
+    listen: str = flag(
+        "127.0.0.1:7400", "gRPC address of this shard, host:port or unix:PATH; set by the launcher"
+    )
+    rendezvous: str = flag(
+        "",
+        "torch.distributed init method all ranks share, e.g. tcp://host:port; set by the launcher",
+    )
 
     def __post_init__(self) -> None:
         check_range("num_shard", self.num_shard, 1, 64)

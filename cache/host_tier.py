@@ -1,0 +1,74 @@
+"""HostTier: packed adapters in host memory, within a byte budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Lock
+
+import torch
+
+from lorafleet.cache.errors import TierFull
+from lorafleet.cache.host_memory import allocate
+from lorafleet.cache.packed_form import PackedForm
+from lorafleet.cache.packing import PackedAdapter
+from lorafleet.proto.messages import AdapterKey
+
+
+class HostTier:
+    """Obeys: who is evicted is the router's decision, made known by `drop`. Thread-safe."""
+
+    def __init__(self, budget_bytes: int, dtype: torch.dtype, pin: bool) -> None:
+        """`pin`: whether a CUDA device copies from here."""
+        self._budget, self._dtype, self._pin = budget_bytes, dtype, pin
+        self._used = 0
+        self._adapters: dict[AdapterKey, PackedAdapter] = {}
+        self._lock = Lock()  # guards _used and _adapters
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes held or reserved."""
+        return self._used
+
+    def put(
+        self, key: AdapterKey, form: PackedForm, fill: Callable[[PackedAdapter], None]
+    ) -> PackedAdapter:
+        """Reserves room, allocates, lets `fill` write the buffer, and keeps the result.
+
+        Raises TierFull, before anything is allocated, when the budget has no room. Whatever
+        `fill` raises gives the room back.
+        """
+        self._reserve(form.nbytes)
+        try:
+            packed = allocate(form, self._dtype, self._pin)
+            fill(packed)
+        except BaseException:
+            self._release(form.nbytes)
+            raise
+        with self._lock:
+            assert key not in self._adapters, key
+            self._adapters[key] = packed
+        return packed
+
+    def get(self, key: AdapterKey) -> PackedAdapter | None:
+        """The packed adapter, or None."""
+        return self._adapters.get(key)
+
+    def drop(self, key: AdapterKey) -> None:
+        """Forgets an adapter; copies under way hold on to its memory until they are done."""
+        with self._lock:
+            packed = self._adapters.pop(key, None)
+            if packed is not None:
+                self._used -= packed.nbytes
+
+    def _reserve(self, nbytes: int) -> None:
+        with self._lock:
+            if self._used + nbytes > self._budget:
+                raise TierFull(
+                    f"The adapter needs {nbytes} bytes of host memory; "
+                    f"{max(0, self._budget - self._used)} of {self._budget} are free."
+                )
+            self._used += nbytes
+
+    def _release(self, nbytes: int) -> None:
+        with self._lock:
+            self._used -= nbytes

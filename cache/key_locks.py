@@ -1,0 +1,30 @@
+"""KeyLocks: one lock per key, there only while someone holds or awaits it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+
+class KeyLocks:
+    """Work on one key is serial; work on different keys is not."""
+
+    def __init__(self) -> None:
+        self._guard = Lock()
+        self._locks: dict[Hashable, tuple[Lock, int]] = {}  # key -> lock, holders and waiters
+
+    @contextmanager
+    def hold(self, key: Hashable) -> Iterator[None]:
+        """Waits for the key."""
+        with self._guard:
+            lock, users = self._locks.get(key, (Lock(), 0))
+            self._locks[key] = lock, users + 1
+        try:
+            with lock:
+                yield
+        finally:
+            with self._guard:
+                lock, users = self._locks.pop(key)
+                if users > 1:
+                    self._locks[key] = lock, users - 1

@@ -1,0 +1,120 @@
+"""From an adapter's files to one buffer that the kernels read as it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from lorafleet.cache.adapter_files import WEIGHTS_FILE, AdapterSpec, ModuleSpec, unreadable
+from lorafleet.cache.errors import AdapterUnservable, SourceUnavailable
+from lorafleet.cache.layout import ModelLayout
+from lorafleet.cache.packed_form import PackedForm
+from lorafleet.cache.safetensors_file import TensorRef
+
+_TORCH_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class PackedAdapter:
+    """This rank's part of an adapter: a 1-D buffer of the serving dtype, laid out by `form`.
+
+    The scale alpha / r (alpha / sqrt(r) for rsLoRA) is folded into B.
+    """
+
+    form: PackedForm
+    buffer: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer."""
+        return self.form.nbytes
+
+
+def pack(
+    spec: AdapterSpec,
+    layout: ModelLayout,
+    packed: PackedAdapter,
+    progress: Callable[[int], None],
+) -> None:
+    """Fills `packed.buffer`; `progress` gets the bytes of tensors read so far.
+
+    Raises AdapterUnservable for values that are not finite, in the file or in the serving dtype,
+    and SourceUnavailable when the files changed meanwhile.
+    """
+    done = 0
+    with _WeightsReader(spec) as reader:
+        for site, row in zip(layout.sites, packed.form.rows, strict=True):
+            a_offset = row[0]
+            for target, b_offset in zip(site.targets, row[3::2], strict=False):
+                module = spec.modules.get(target.name)
+                if module is not None:
+                    _pack_a(reader.read(module.a), module, packed.buffer, a_offset)
+                    _pack_b(reader.read(module.b), module, packed.buffer, b_offset)
+                    a_offset += module.rank * target.in_local
+                    done += module.a.nbytes + module.b.nbytes
+                    progress(done)
+    if not spec.is_current():
+        raise SourceUnavailable("The adapter's files changed while they were read; try again.")
+
+
+def _pack_a(weight: torch.Tensor, module: ModuleSpec, buffer: torch.Tensor, offset: int) -> None:
+    start, stop = module.target.in_range
+    block = buffer[offset : offset + module.rank * (stop - start)].view(module.rank, stop - start)
+    block.copy_(weight[:, start:stop])
+    _check_finite(weight, block, f"lora_A of {module.target.name}")
+
+
+def _pack_b(weight: torch.Tensor, module: ModuleSpec, buffer: torch.Tensor, offset: int) -> None:
+    width = module.target.out_local
+    block = buffer[offset : offset + module.rank * width].view(module.rank, width)
+    scaled = weight.to(torch.float32) * module.scale
+    local = torch.cat([scaled[start:stop] for start, stop in module.target.out_ranges])
+    block.copy_(local.T)
+    _check_finite(weight, block, f"lora_B of {module.target.name}")
+
+
+def _check_finite(weight: torch.Tensor, block: torch.Tensor, name: str) -> None:
+    """The whole weight is checked, so that every rank comes to the same answer about the file."""
+    if not torch.isfinite(weight).all():
+        raise AdapterUnservable(f"{name} holds values that are not finite numbers.")
+    if not torch.isfinite(block).all():
+        raise AdapterUnservable(f"{name} holds values too large for {block.dtype}.")
+
+
+class _WeightsReader:
+    """Tensors of the weights file, read one at a time with plain reads."""
+
+    def __init__(self, spec: AdapterSpec) -> None:
+        self._path = spec.directory / WEIGHTS_FILE
+
+    def __enter__(self) -> Self:
+        try:
+            self._fd = os.open(self._path, os.O_RDONLY)
+        except OSError as error:
+            raise unreadable(error) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    def read(self, ref: TensorRef) -> torch.Tensor:
+        """A tensor in the file's own dtype and shape."""
+        data, done = memoryview(bytearray(ref.nbytes)), 0
+        try:
+            while done < ref.nbytes:
+                count = os.preadv(self._fd, [data[done:]], ref.offset + done)
+                if count == 0:
+                    raise SourceUnavailable(f"{self._path.name} shrank while it was read.")
+                done += count
+        except OSError as error:
+            raise unreadable(error) from None
+        return torch.frombuffer(data, dtype=_TORCH_DTYPES[ref.dtype]).view(ref.shape)

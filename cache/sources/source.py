@@ -1,0 +1,30 @@
+"""AdapterSource: what the store asks of a place that has adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from lorafleet.proto.messages import AdapterKey, FetchProgress
+
+Progress = Callable[[FetchProgress], None]
+
+
+class AdapterSource(Protocol):
+    """Every method is thread-safe and raises AdapterFault subclasses for what the world does."""
+
+    def fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
+        """A directory on this machine with the adapter's files, once this caller may have them."""
+
+    def authorize(self, key: AdapterKey, api_token: str) -> None:
+        """Raises AdapterForbidden or AdapterNotFound unless this caller may use a held adapter."""
+
+    def disk_bytes(self, key: AdapterKey) -> int:
+        """Bytes the adapter takes of the disk budget."""
+
+    def drop(self, key: AdapterKey) -> None:
+        """Forgets the copy on this machine, where it is one."""
+
+    def list(self) -> list[tuple[AdapterKey, Path]]:
+        """Adapters anyone may use without a remote source being asked."""

@@ -1,0 +1,105 @@
+"""Builds the demo's files once: a stamp of the recipe decides whether they are still the right ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from lorafleet.deploy.demo.recipe import ADAPTERS, BASE, SEED
+
+DEFAULT_DIR = Path(".demo")
+STAMP = "stamp"
+_SOURCES = ("corpus.py", "recipe.py", "styles.py", "tokenizer.py", "topics.py", "train.py")
+_LIBRARIES = ("peft", "safetensors", "tokenizers", "torch", "transformers")
+
+
+class BuildFailed(Exception):
+    """Training ended without the files; the message holds its last words."""
+
+
+def stamp(seed: int = SEED) -> str:
+    """A digest of everything that decides the files: sources, seed, library versions."""
+    digest = hashlib.sha256(f"seed {seed}".encode())
+    for name in _SOURCES:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    for library in _LIBRARIES:
+        digest.update(f"{library} {version(library)}".encode())
+    return digest.hexdigest()
+
+
+def is_built(folder: Path, seed: int = SEED) -> bool:
+    """Whether `folder` holds the files of this recipe."""
+    file = folder / STAMP
+    return file.is_file() and file.read_text() == stamp(seed)
+
+
+def build(folder: Path, console: Console, seed: int = SEED) -> bool:
+    """Makes sure `folder` holds the demo's files; returns whether they had to be trained.
+
+    The folder appears complete or not at all. Raises BuildFailed.
+    """
+    if is_built(folder, seed):
+        return False
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        if is_built(folder, seed):  # another process was first
+            return False
+        with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as scratch:
+            new, old = Path(scratch, "new"), Path(scratch, "old")
+            new.mkdir()
+            _train(new, seed, console)
+            (new / STAMP).write_text(stamp(seed))
+            if folder.exists():
+                _check_is_ours(folder)
+                folder.rename(old)
+            new.rename(folder)
+    return True
+
+
+def _check_is_ours(folder: Path) -> None:
+    if any(folder.iterdir()) and not (folder / STAMP).is_file():
+        raise BuildFailed(f"{folder} holds something else than a demo: choose another --dir")
+
+
+def _train(folder: Path, seed: int, console: Console) -> None:
+    """Trains in a process of its own, so that torch and its threads are gone afterwards."""
+    total = BASE.steps + sum(recipe.schedule.steps for recipe in ADAPTERS)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("Building the demo model", total=total)
+        for event in _events(folder, seed):
+            bar.update(task, advance=1, description=f"Training the {event['what']}")
+
+
+def _events(folder: Path, seed: int) -> Iterator[dict[str, str]]:
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lorafleet.deploy.demo.train", str(folder), str(seed)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"},
+        )
+        assert process.stdout is not None, "stdout is a pipe"
+        try:
+            yield from map(json.loads, process.stdout)
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        if code:
+            log.seek(0)
+            raise BuildFailed(f"training the demo model failed:\n{log.read()[-4000:]}")

@@ -1,0 +1,47 @@
+"""What each rank may use of this machine: CPU cores and CUDA devices, as environment variables."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+
+def rank_environments(num_shard: int, device: str) -> list[dict[str, str]]:
+    """One environment per rank. `device` is ShardConfig's: auto, cpu or cuda.
+
+    Raises ValueError when there are CUDA devices but fewer than ranks, or none where cuda is asked.
+    """
+    threads = str(max(1, len(usable_cores()) // num_shard))
+    environment = {
+        name: os.environ.get(name, threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    }
+    devices = [] if device == "cpu" else cuda_devices()
+    if not devices and device != "cuda":
+        return [dict(environment) for _ in range(num_shard)]
+    if len(devices) < num_shard:
+        raise ValueError(
+            f"--num-shard {num_shard} needs as many CUDA devices and this machine offers "
+            f"{len(devices)}; use fewer shards or --device cpu"
+        )
+    return [environment | {"CUDA_VISIBLE_DEVICES": name} for name in devices[:num_shard]]
+
+
+def usable_cores() -> list[int]:
+    """The cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def cuda_devices() -> list[str]:
+    """The visible CUDA devices as CUDA_VISIBLE_DEVICES names them; asks the driver, not torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = None if visible is None else [name for name in visible.split(",") if name.strip()]
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return []
+    return [str(i) for i in range(count.value)] if names is None else names[: count.value]

@@ -1,0 +1,78 @@
+"""Adapter: one adapter's content as the router knows it, and the pins that keep it in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lorafleet.proto.messages import AdapterInfo, AdapterKey, Tier
+
+
+class Adapter:
+    """An adapter with one digest; new content under the same key is another Adapter.
+
+    Compared by identity. `info.packed_bytes` is the largest of all ranks.
+    """
+
+    def __init__(
+        self,
+        info: AdapterInfo,
+        on_unpinned: Callable[[], None],
+        previous: Adapter | None = None,
+    ) -> None:
+        self.info = info
+        self.previous = previous  # older content of the same key whose host copy may be in use
+        self.num_pins = 0  # sequences and device copies under way that need the host copy
+        self.in_host = False
+        self._on_unpinned = on_unpinned
+
+    @property
+    def key(self) -> AdapterKey:
+        """What requests call it."""
+        return self.info.key
+
+    @property
+    def nbytes(self) -> int:
+        """Packed size on a rank."""
+        return self.info.packed_bytes
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the key's host copy, of this content or the previous one, must stay."""
+        return self.num_pins > 0 or (self.previous is not None and self.previous.is_pinned)
+
+    def pin(self) -> AdapterPin:
+        """Keeps the host copy, if there is one, until the pin is closed."""
+        self.num_pins += 1
+        return AdapterPin(self)
+
+    def _unpin(self) -> None:
+        self.num_pins -= 1
+        if self.num_pins == 0:
+            self._on_unpinned()
+
+
+class AdapterPin:
+    """A hold on an adapter's host copy."""
+
+    __slots__ = ("_is_open", "adapter")
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._is_open = True
+
+    def close(self) -> None:
+        """Lets go; closing twice is harmless."""
+        if self._is_open:
+            self._is_open = False
+            self.adapter._unpin()
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """Where an adapter is."""
+
+    key: AdapterKey
+    info: AdapterInfo
+    tier: Tier
+    slot: int  # device slot, 0 = not on the device

@@ -1,0 +1,176 @@
+"""AdapterDirectory: brings adapters into the shards' host memory and keeps the tiers in budget."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Coroutine, Hashable, Iterator
+from typing import Any, TypeVar
+
+from lorafleet.proto.messages import AdapterInfo, AdapterKey, Tier
+from lorafleet.router.adapter import Adapter, AdapterPin
+from lorafleet.router.errors import AdapterUnservable
+from lorafleet.router.shards import ShardGroup
+from lorafleet.router.tiers import HostAndDisk
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+
+
+class AdapterDirectory:
+    """Owns what each adapter's content is, and who is waiting for it.
+
+    An adapter reaches host memory in two moves: fetched to disk, which validates and sizes it;
+    then, once there is room, packed into host memory. Concurrent requests share both. A failure is
+    remembered by nobody, and an adapter that leaves host memory is forgotten, so the next request
+    for it validates it again.
+    """
+
+    def __init__(
+        self, shards: ShardGroup, arena_bytes: int, on_dropped: Callable[[Adapter], None]
+    ) -> None:
+        self._shards = shards
+        self._arena_bytes = arena_bytes
+        self._on_dropped = on_dropped  # called before an adapter's host copy goes
+        self._adapters: dict[AdapterKey, Adapter] = {}
+        self._private: set[AdapterKey] = set()  # known only through some caller's token
+        self._claims = Counter[AdapterKey]()  # requests in `acquire`, whose disk copy must stay
+        # A token is part of a check's identity, so that nobody profits from another's access.
+        self._checks: dict[tuple[AdapterKey, str], asyncio.Task[Adapter]] = {}
+        self._loads: dict[Adapter, asyncio.Task[None]] = {}
+        self.tiers = HostAndDisk(shards, self._is_host_pinned, self._is_disk_pinned, self._forget)
+
+    def __iter__(self) -> Iterator[Adapter]:
+        return iter(self._adapters.values())
+
+    async def acquire(self, key: AdapterKey, api_token: str) -> AdapterPin:
+        """Brings an adapter into host memory and pins it there.
+
+        A request with a token, or for an adapter someone's token fetched, has its own access
+        checked by the shards each time. Raises AdapterError, Overloaded or ShardLost.
+        """
+        self._claims[key] += 1
+        try:
+            pin = (await self._validated(key, api_token)).pin()
+            try:
+                await self._loaded(pin.adapter, api_token)
+            except BaseException:
+                pin.close()
+                raise
+        finally:
+            self._claims[key] -= 1
+            if not self._claims[key]:
+                del self._claims[key]
+                self.tiers.wake()
+        self.tiers.touch(key)
+        return pin
+
+    async def start(self) -> None:
+        """Counts what the shards hold from before."""
+        await self.tiers.start()
+
+    async def close(self) -> None:
+        """Cancels fetches under way."""
+        tasks = [*self._checks.values(), *self._loads.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def check(self, is_idle: bool) -> None:
+        """Asserts that the tiers balance and, when no request is there, that nothing is pinned."""
+        self.tiers.check()
+        if is_idle and not self._loads:
+            assert not any(adapter.is_pinned for adapter in self), "a pin was not closed"
+
+    async def _validated(self, key: AdapterKey, api_token: str) -> Adapter:
+        adapter = self._adapters.get(key)
+        if adapter is None or api_token or key in self._private:
+            check = self._check(key, api_token)
+            adapter = await _shared(self._checks, (key, api_token), check)
+        return adapter
+
+    async def _check(self, key: AdapterKey, api_token: str) -> Adapter:
+        info = await self.tiers.fetch_to_disk(key, api_token)
+        self._refuse_too_large(info)
+        if not api_token:
+            self._private.discard(key)
+        elif key not in self._adapters:
+            self._private.add(key)
+        known = self._adapters.get(key)
+        if known is not None and known.info.digest == info.digest:
+            return known
+        adapter = self._adapters[key] = Adapter(info, self.tiers.wake, known)
+        return adapter
+
+    def _refuse_too_large(self, info: AdapterInfo) -> None:
+        limits = {
+            "adapter-host-bytes": self._shards.info.host_bytes,
+            "adapter-device-bytes": self._arena_bytes,
+        }
+        for flag, limit in limits.items():
+            if info.packed_bytes > limit:
+                raise AdapterUnservable(
+                    f"adapter {info.key} takes {info.packed_bytes} bytes on a shard, "
+                    f"more than the {limit} bytes --{flag} gives"
+                )
+
+    async def _loaded(self, adapter: Adapter, api_token: str) -> None:
+        if not adapter.in_host:
+            await _shared(self._loads, adapter, self._load(adapter, api_token))
+
+    async def _load(self, adapter: Adapter, api_token: str) -> None:
+        pin = adapter.pin()  # its own, because the requests that wait for it may go away
+        try:
+            if adapter.previous is not None:
+                await self._retire(adapter.previous)
+                adapter.previous = None
+            # The pinned adapter is in the directory again if it was evicted since it was validated.
+            self._adapters[adapter.key] = adapter
+            info = await self.tiers.load_to_host(adapter.key, adapter.nbytes, api_token)
+            if info.digest != adapter.info.digest:
+                await self.tiers.drop(adapter.key, Tier.HOST)
+                raise AdapterUnservable(f"adapter {adapter.key} changed while it was loaded")
+            adapter.in_host = True
+        except BaseException:
+            if self._adapters.get(adapter.key) is adapter:
+                del self._adapters[adapter.key]
+            raise
+        finally:
+            pin.close()
+
+    async def _retire(self, old: Adapter) -> None:
+        """Drops a superseded content once the requests that began with it have ended."""
+        await self.tiers.until(lambda: not old.is_pinned)
+        self._on_dropped(old)
+        await self.tiers.drop(old.key, Tier.HOST)
+
+    def _forget(self, key: AdapterKey) -> None:
+        adapter = self._adapters.pop(key, None)
+        self._private.discard(key)
+        if adapter is not None:
+            adapter.in_host = False
+            self._on_dropped(adapter)
+
+    def _is_host_pinned(self, key: AdapterKey) -> bool:
+        adapter = self._adapters.get(key)
+        return adapter is not None and adapter.is_pinned
+
+    def _is_disk_pinned(self, key: AdapterKey) -> bool:
+        return self._claims[key] > 0 or self._is_host_pinned(key)
+
+
+async def _shared(tasks: dict[K, asyncio.Task[T]], key: K, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits the task for `key`, started with `work` if there is none; survives its waiters."""
+    task = tasks.get(key)
+    if task is not None:
+        work.close()
+    else:
+        task = tasks[key] = asyncio.create_task(work)
+
+        def forget(done: asyncio.Task[T]) -> None:
+            del tasks[key]
+            if not done.cancelled():
+                done.exception()  # seen, even if every waiter has gone
+
+        task.add_done_callback(forget)
+    return await asyncio.shield(task)

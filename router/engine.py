@@ -1,0 +1,216 @@
+"""Engine: the loop between the scheduler and the shards, and the door for requests."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from itertools import count
+
+from lorafleet.proto.messages import AdapterInfo, ShardInfo, StepPlan, Tier
+from lorafleet.router.adapter import Adapter, AdapterStatus
+from lorafleet.router.adapters import AdapterDirectory
+from lorafleet.router.config import RouterConfig
+from lorafleet.router.errors import InvalidRequest, RequestError, ShardLost
+from lorafleet.router.generation import Generation
+from lorafleet.router.request import GenerationRequest, TokenEvent
+from lorafleet.router.scheduler import Scheduler, SchedulerLimits
+from lorafleet.router.sequence import Sequence
+from lorafleet.router.shards import ShardGroup
+from lorafleet.router.stats import EngineStats
+
+log = logging.getLogger(__name__)
+
+# A step is sent before the result of the one before it is read, so the shards never wait for us.
+MAX_PLANS_IN_FLIGHT = 2
+
+
+class Engine:
+    """Serves generations on one shard group. `Engine.start` makes one; `close` ends it.
+
+    `failed` is set, and `failure` says why, once the group is lost: no generation goes on, none
+    can be submitted, and the process should end.
+    """
+
+    def __init__(self, shards: ShardGroup, limits: SchedulerLimits) -> None:
+        self.info: ShardInfo = shards.info
+        self.failed = asyncio.Event()
+        self.failure: ShardLost | None = None
+        self._shards = shards
+        self._scheduler = Scheduler(shards.info, limits)
+        slots = self._scheduler.device.ledger
+        self._directory = AdapterDirectory(shards, slots.capacity, slots.unbind)
+        self._generations: dict[Sequence, Generation] = {}
+        self._tickets = count()
+        self._work = asyncio.Event()  # the loop has something to look at
+        self._adapters_in_steps: deque[int] = deque(maxlen=1024)
+        shards.lost.add_done_callback(lambda _: self._work.set())
+        self._loop = asyncio.create_task(self._run())
+
+    @classmethod
+    async def start(cls, config: RouterConfig) -> Engine:
+        """Connects to `config.shards` and starts serving.
+
+        Raises ShardLost if a shard is not ready in time, ValueError if they are not one group.
+        """
+        shards = await ShardGroup.connect(config.shards, config.shard_connect_seconds)
+        limits = SchedulerLimits(config.prefill_chunk_tokens, config.prefix_caching)
+        engine = cls(shards, limits)
+        await engine._directory.start()
+        return engine
+
+    async def close(self) -> None:
+        """Ends every generation with ShardLost and disconnects."""
+        self._loop.cancel()
+        await asyncio.gather(self._loop, return_exceptions=True)
+        self._end_all(ShardLost("the service is shutting down"))
+        await self._directory.close()
+        await self._shards.close()
+
+    async def submit(self, request: GenerationRequest) -> Generation:
+        """Fetches the request's adapter, if it names one, and queues the request.
+
+        Raises InvalidRequest for sizes this group cannot hold, AdapterError or Overloaded for what
+        an adapter's fetch can say, ShardLost.
+        """
+        submitted_at = time.monotonic()
+        self._check_request(request)
+        if self.failure is not None:
+            raise self.failure
+        pin = None
+        if request.adapter is not None:
+            pin = await self._directory.acquire(request.adapter, request.api_token)
+        if self.failure is not None:
+            raise self.failure
+        adapter = pin.adapter if pin is not None else None
+        sequence = Sequence(next(self._tickets), request, adapter, submitted_at)
+        generation = Generation(sequence, pin, self._abort)
+        self._generations[sequence] = generation
+        self._scheduler.submit(sequence)
+        self._work.set()
+        return generation
+
+    async def adapters(self) -> list[AdapterInfo]:
+        """Adapters the shards can serve without a remote source. Raises ShardLost."""
+        return await self._shards.list_adapters()
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters now."""
+        scheduler, tiers = self._scheduler, self._directory.tiers
+        kv = scheduler.kv
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            used_pages=kv.pages.num_used,
+            free_pages=kv.pages.num_free + kv.pages.num_idle,
+            cached_pages=kv.pages.num_idle,
+            num_steps=scheduler.num_steps,
+            num_preemptions=scheduler.num_preemptions,
+            num_prefix_query_tokens=kv.num_query_tokens,
+            num_prefix_hit_tokens=kv.num_hit_tokens,
+            num_page_evictions=kv.prefix.num_evictions,
+            num_device_evictions=scheduler.device.ledger.num_evictions,
+            num_host_evictions=tiers.host.num_evictions,
+            num_disk_evictions=tiers.disk.num_evictions,
+            max_adapters_in_step=max(self._adapters_in_steps, default=0),
+            adapters=[self._status(adapter) for adapter in self._directory],
+        )
+
+    def check(self) -> None:
+        """Asserts that every ledger balances and that nothing is held when nothing runs."""
+        scheduler = self._scheduler
+        scheduler.check()
+        self._directory.check(is_idle=not self._generations and not scheduler.device.num_loading)
+        held = len(scheduler.running) + len(scheduler.waiting)
+        assert held == len(self._generations), "a sequence is lost"
+        if not self._generations:
+            assert scheduler.kv.pages.num_used == 0, "pages are held by nobody"
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._step()
+        except ShardLost as error:
+            self._fail(error)
+        except Exception as error:
+            log.exception("the engine loop failed at step %d", self._scheduler.num_steps)
+            self._fail(ShardLost(f"the router's engine failed: {error}"))
+
+    async def _step(self) -> None:
+        """Sends what can be sent, then takes in one result or waits for work."""
+        scheduler = self._scheduler
+        while scheduler.num_in_flight < MAX_PLANS_IN_FLIGHT:
+            plan = scheduler.plan(time.monotonic())
+            if plan is None:
+                break
+            self._adapters_in_steps.append(_num_adapters(plan))
+            await self._shards.send(plan)
+        if scheduler.num_in_flight:
+            result = await self._shards.receive()
+            for sequence, event in scheduler.apply(result, time.monotonic()):
+                self._publish(sequence, event)
+            return
+        if self._shards.lost.done():
+            raise self._shards.lost.result()
+        assert not scheduler.waiting, "sequences wait and nothing is in flight"
+        self._work.clear()
+        await self._work.wait()
+
+    def _publish(self, sequence: Sequence, event: TokenEvent | RequestError) -> None:
+        generation = self._generations[sequence]
+        if isinstance(event, TokenEvent):
+            generation.push(event)
+            if event.finish is None:
+                return
+        else:
+            generation.fail(event)
+        del self._generations[sequence]
+
+    def _abort(self, sequence: Sequence) -> None:
+        self._scheduler.abort(sequence)
+        self._generations.pop(sequence, None)
+
+    def _fail(self, error: ShardLost) -> None:
+        self._end_all(error)
+        self.failed.set()
+
+    def _end_all(self, error: ShardLost) -> None:
+        self.failure = self.failure or error
+        for sequence, generation in list(self._generations.items()):
+            self._abort(sequence)
+            generation.fail(self.failure)
+
+    def _check_request(self, request: GenerationRequest) -> None:
+        info = self.info
+        num_prompt, num_new = len(request.prompt_ids), request.max_new_tokens
+        if num_prompt < 1:
+            raise InvalidRequest("inputs must have at least 1 token", "inputs")
+        if num_new < 1:
+            raise InvalidRequest(
+                f"max_new_tokens must be at least 1, got {num_new}", "max_new_tokens"
+            )
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < info.vocab_size:
+            raise InvalidRequest(
+                f"inputs must have token ids between 0 and {info.vocab_size - 1}", "inputs"
+            )
+        num_cached = info.num_pages * info.page_size
+        # The last token is never computed on, so it takes no place in the KV cache.
+        limit = min(info.max_model_len, num_cached + 1)
+        if num_prompt + num_new > limit:
+            raise InvalidRequest(
+                f"inputs ({num_prompt} tokens) and max_new_tokens ({num_new}) together must be "
+                f"at most {limit} tokens (the model takes {info.max_model_len}, "
+                f"the KV cache holds {num_cached})",
+                "max_new_tokens",
+            )
+
+    def _status(self, adapter: Adapter) -> AdapterStatus:
+        slot = self._scheduler.device.slot_of(adapter)
+        held = Tier.HOST if adapter.in_host else Tier.DISK
+        tier = Tier.DEVICE if slot else held
+        return AdapterStatus(adapter.key, adapter.info, tier, slot)
+
+
+def _num_adapters(plan: StepPlan) -> int:
+    return len(set(plan.slots) - {0})

@@ -1,0 +1,94 @@
+"""Prompts within their limits, and the adapter a request names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lorafleet.proto.messages import AdapterKey, ShardInfo
+from lorafleet.router.config import RouterConfig
+from lorafleet.router.errors import InvalidRequest
+from lorafleet.router.fields import Fields, refusal
+
+BASE_MODEL = "__base_model__"  # LoRAX's name for no adapter
+SOURCES = ("local", "hub")
+_MAX_ID_LENGTH = 512
+# What people write where an OpenAI client insists on a key.
+_PLACEHOLDER_KEYS = frozenset(
+    ("", "-", "empty", "none", "null", "dummy", "no-key", "sk-no-key-required")
+)
+
+
+class PromptTooLong(InvalidRequest):
+    """Prompt and completion do not fit."""
+
+    code = "context_length_exceeded"
+
+
+def max_total_tokens(info: ShardInfo) -> int:
+    """Tokens a sequence may have: what the model takes and the KV cache holds.
+
+    The last token is never computed on, so it takes no place in the cache.
+    """
+    return min(info.max_model_len, info.num_pages * info.page_size + 1)
+
+
+def max_prompt_tokens(config: RouterConfig, info: ShardInfo) -> int:
+    """Tokens a prompt may have; one is left to generate."""
+    limit = max_total_tokens(info) - 1
+    return min(config.max_input_length, limit) if config.max_input_length else limit
+
+
+def fit(
+    num_prompt: int,
+    max_new: int | None,
+    config: RouterConfig,
+    info: ShardInfo,
+    *,
+    prompt_field: str,
+    max_new_field: str,
+) -> int:
+    """Tokens to generate: `max_new`, or all that fit. Raises PromptTooLong with the limits."""
+    limit, total = max_prompt_tokens(config, info), max_total_tokens(info)
+    if num_prompt == 0:
+        raise InvalidRequest(f"`{prompt_field}` must have at least 1 token", prompt_field)
+    if num_prompt > limit:
+        raise PromptTooLong(
+            f"`{prompt_field}` must have at most {limit} tokens, got {num_prompt}", prompt_field
+        )
+    if max_new is None:
+        return total - num_prompt
+    if num_prompt + max_new > total:
+        raise PromptTooLong(
+            f"`{prompt_field}` tokens and `{max_new_field}` together must be at most"
+            f" {total}, got {num_prompt} and {max_new}",
+            prompt_field,
+        )
+    return max_new
+
+
+def read_adapter(
+    adapter_id: str, id_field: str, fields: Fields, config: RouterConfig
+) -> AdapterKey | None:
+    """The adapter named by `adapter_id` and `adapter_source`; None = the base model."""
+    source = fields.string("adapter_source", "").lower() or config.adapter_source or "hub"
+    if source not in SOURCES:
+        raise refusal("adapter_source", f"one of {', '.join(SOURCES)}", source)
+    if adapter_id in ("", BASE_MODEL):
+        return None
+    if len(adapter_id) > _MAX_ID_LENGTH or not adapter_id.isprintable():
+        wanted = f"at most {_MAX_ID_LENGTH} printable characters"
+        raise refusal(id_field, wanted, adapter_id)
+    return AdapterKey(source, adapter_id)
+
+
+def read_api_token(fields: Fields, adapter: AdapterKey | None, headers: Mapping[str, str]) -> str:
+    """The caller's token for the adapter's source: the body's, else the bearer's; "" = none.
+
+    Local adapters need none, and a placeholder key is none.
+    """
+    token = fields.string("api_token", "")
+    scheme, _, bearer = headers.get("Authorization", "").partition(" ")
+    if not token and scheme.lower() == "bearer":
+        token = bearer.strip()
+    unused = adapter is None or adapter.source == "local"
+    return "" if unused or token.lower() in _PLACEHOLDER_KEYS else token

@@ -1,0 +1,155 @@
+"""POST /v1/completions and /v1/chat/completions, GET /v1/models."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from lorafleet.router.answer import Answer, served_by
+from lorafleet.router.body import read_fields
+from lorafleet.router.chat import read_messages
+from lorafleet.router.chat_completions import ChatWriter, read_chat_call
+from lorafleet.router.completions import CompletionWriter, read_completion_call, read_prompts
+from lorafleet.router.fields import check_string
+from lorafleet.router.openai import Choice, OpenAiCall, OpenAiWriter, Usage
+from lorafleet.router.prompt import fit
+from lorafleet.router.request import GenerationRequest
+from lorafleet.router.service import SERVICE, Clock, Service
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    text: str
+    ids: list[int]
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """POST /v1/completions."""
+    service, clock = request.app[SERVICE], Clock.start()
+    with service.concurrency.enter():
+        fields = await read_fields(request)
+        config, info = service.config, service.engine.info
+        call = read_completion_call(fields, request.headers, config, info)
+        echo = fields.boolean("echo")
+        given = read_prompts(fields, config.max_concurrent_requests, info.vocab_size)
+        prompts = [await _prompt(service, prompt) for prompt in given]
+        writer = CompletionWriter(call, service.tokenizer, echo=echo)
+        return await _respond(request, clock, call, writer, prompts, "prompt")
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """POST /v1/chat/completions."""
+    service, clock = request.app[SERVICE], Clock.start()
+    with service.concurrency.enter():
+        fields = await read_fields(request)
+        call = read_chat_call(fields, request.headers, service.config, service.engine.info)
+        messages = read_messages(fields)
+        rendered = await service.tokenizer.in_thread(service.chat_template.render, messages)
+        text = check_string("messages", rendered)
+        ids = await service.tokenizer.encode(text, add_special_tokens=False)
+        writer = ChatWriter(call, service.tokenizer)
+        return await _respond(request, clock, call, writer, [_Prompt(text, ids)], "messages")
+
+
+async def models(request: web.Request) -> web.Response:
+    """GET /v1/models: the base model, then every adapter the shards know."""
+    service = request.app[SERVICE]
+    info = service.engine.info
+    card = {"object": "model", "created": service.started_at, "owned_by": "lorafleet"}
+    base = {"root": info.model_id, "parent": None, "max_model_len": info.max_model_len}
+    adapters = [
+        card | {"id": key, "root": key, "parent": info.model_id}
+        for key in sorted({adapter.key.id for adapter in await service.engine.adapters()})
+    ]
+    data = [card | {"id": info.model_id} | base, *adapters]
+    return web.json_response({"object": "list", "data": data})
+
+
+async def _prompt(service: Service, given: str | list[int]) -> _Prompt:
+    if isinstance(given, str):
+        return _Prompt(given, await service.tokenizer.encode(given))
+    return _Prompt(service.tokenizer.decode(given), given)
+
+
+async def _respond(
+    request: web.Request,
+    clock: Clock,
+    call: OpenAiCall,
+    writer: OpenAiWriter,
+    prompts: list[_Prompt],
+    prompt_field: str,
+) -> web.StreamResponse:
+    service = request.app[SERVICE]
+    requests = [_requests(service, call, prompt.ids, prompt_field) for prompt in prompts]
+    clock.validated()
+    async with AsyncExitStack() as stack:
+        choices = [
+            Choice(
+                index=0,
+                prompt_text=prompt.text,
+                request=one,
+                generation=await service.start(stack, one),
+                completion=service.completion(one, call.stops, clock.received_at, keep_stops=False),
+            )
+            for prompt, best_of in zip(prompts, requests, strict=True)
+            for one in best_of
+        ]
+        for index, choice in enumerate(choices):
+            choice.index = index
+        answer = Answer(
+            request=request,
+            clock=clock,
+            prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
+            headers=served_by(service.engine.info.model_id, call.adapter),
+            generations=[choice.generation for choice in choices],
+            completions=[choice.completion for choice in choices],
+        )
+        if call.stream:
+            return await answer.stream(
+                lambda index, token: writer.frames(choices[index], token),
+                lambda: writer.ending(_usage(answer)),
+            )
+        return await answer.whole(lambda: writer.response(_best(choices, call), _usage(answer)))
+
+
+def _usage(answer: Answer) -> Usage:
+    return Usage(answer.prompt_tokens, answer.generated_tokens)
+
+
+def _requests(
+    service: Service, call: OpenAiCall, prompt_ids: list[int], prompt_field: str
+) -> list[GenerationRequest]:
+    max_new = fit(
+        len(prompt_ids),
+        call.max_new_tokens,
+        service.config,
+        service.engine.info,
+        prompt_field=prompt_field,
+        max_new_field=call.max_new_field,
+    )
+    return [
+        GenerationRequest(
+            prompt_ids=prompt_ids,
+            sampling=call.sampling.of_sequence(index),
+            max_new_tokens=max_new,
+            adapter=call.adapter,
+            ignore_eos=call.ignore_eos,
+            api_token=call.api_token,
+        )
+        for index in range(call.best_of)
+    ]
+
+
+def _best(choices: list[Choice], call: OpenAiCall) -> list[Choice]:
+    """Of each prompt's `best_of` sequences the `n` likeliest, numbered anew."""
+    kept: list[Choice] = []
+    for start in range(0, len(choices), call.best_of):
+        of_prompt = choices[start : start + call.best_of]
+        if call.best_of > call.n:
+            of_prompt.sort(key=lambda choice: choice.completion.mean_logprob, reverse=True)
+        kept += of_prompt[: call.n]
+    for index, choice in enumerate(kept):
+        choice.index = index
+    return kept

@@ -1,0 +1,169 @@
+"""Scheduler: decides every step. `plan` and `apply` are plain methods: no I/O, no clock, no await.
+
+A plan takes the running sequences first, oldest first: one token each for those that decode, then
+chunks for those that prefill; then it admits waiting ones. When pages run out the youngest running
+sequence is preempted: it gives up its row and pages, goes back to its place in the waiting order,
+and recomputes when admitted again. So the oldest can always go on, and with it everything behind.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from lorafleet.cache.slots import SlotLedger
+from lorafleet.proto.messages import ShardInfo, StepPlan, StepResult
+from lorafleet.router.admission import MAX_OVERTAKES, Admission
+from lorafleet.router.device import DeviceSlots
+from lorafleet.router.errors import GenerationFailed, RequestError
+from lorafleet.router.kv import KvPages
+from lorafleet.router.request import FinishReason, TokenEvent
+from lorafleet.router.running import RunningSet
+from lorafleet.router.sequence import Sequence, Status
+from lorafleet.router.step import Sample, Step
+from lorafleet.router.waiting import WaitingQueue
+
+Event = tuple[Sequence, TokenEvent | RequestError]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """The router's own dials on scheduling."""
+
+    prefill_chunk_tokens: int = 0  # 0 = up to the step's budget
+    prefix_caching: bool = True
+    max_overtakes: int = MAX_OVERTAKES
+
+
+class Scheduler:
+    """Owns sequences, rows, pages and slots. Plans must be sent, and results applied, in order."""
+
+    def __init__(self, info: ShardInfo, limits: SchedulerLimits) -> None:
+        self.num_steps = 0  # plans made
+        self.num_preemptions = 0
+        self.kv = KvPages(info.num_pages, info.page_size, limits.prefix_caching)
+        self.device = DeviceSlots(
+            SlotLedger(info.num_slots, info.arena_bytes, info.arena_alignment)
+        )
+        self.waiting = WaitingQueue()
+        self.running = RunningSet(info.max_rows, self.kv, self.device.ledger)
+        self._max_step_tokens = info.max_step_tokens
+        self._chunk_tokens = limits.prefill_chunk_tokens or info.max_step_tokens
+        self._eos_token_ids = frozenset(info.eos_token_ids)
+        self._admission = Admission(
+            self.waiting,
+            self.running,
+            self.kv,
+            self.device,
+            self._chunk_tokens,
+            limits.max_overtakes,
+        )
+        self._in_flight: deque[Step] = deque()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Plans whose results have not been applied."""
+        return len(self._in_flight)
+
+    def submit(self, sequence: Sequence) -> None:
+        """A new sequence waits. It must fit: `pages_for(max_tokens - 1)` of the group's pages."""
+        self.waiting.push(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Ends a sequence at once and frees what it holds; nothing if it has ended."""
+        self._end(sequence)
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step to send; None if there is nothing to do before a result arrives."""
+        step = Step(self.num_steps + 1, self._max_step_tokens)
+        num_preemptions = self.num_preemptions
+        self._decode(step)
+        self._prefill(step)
+        if self.num_preemptions == num_preemptions:
+            self._admission.admit(step, now)
+        # With no rows to compute, a plan makes the shard wait for its copies and report them.
+        if step.is_empty and (self._in_flight or not self.device.num_loading):
+            return None
+        self.num_steps += 1
+        self._in_flight.append(step)
+        plan = step.close()
+        # Only now, so that no row of this step reads what another row of it writes.
+        for sequence in step.prefilled:
+            self.kv.index(sequence)
+        return plan
+
+    def apply(self, result: StepResult, now: float) -> list[Event]:
+        """Takes in the result of the oldest plan in flight; returns what its sequences hear."""
+        step = self._in_flight.popleft()
+        self.device.set_ready(result.ready_slots)
+        # The token of a sequence that ended while this step was in flight is discarded.
+        return [
+            (sample.sequence, self._take(sample, now))
+            for sample in step.read(result)
+            if sample.sequence.status is not Status.DONE
+        ]
+
+    def check(self) -> None:
+        """Asserts that every ledger balances against the running sequences."""
+        self.running.check()
+        assert all(sequence.lease is None for sequence in self.waiting)
+
+    def _decode(self, step: Step) -> None:
+        for sequence in list(self.running):
+            if step.budget == 0:
+                return
+            # One that an older sequence preempted just now is waiting again.
+            if sequence.status is not Status.RUNNING or sequence.is_prefilling:
+                continue
+            if sequence.can_decode and (pages := self._grow(sequence)) is not None:
+                step.add(sequence, 1, pages)
+
+    def _grow(self, sequence: Sequence) -> list[int] | None:
+        """The page its next position needs, if any; None if the sequence itself had to yield."""
+        if not self.kv.needs_page(sequence):
+            return []
+        while not self.kv.prefix.make_room(1):
+            victim = self.running.youngest
+            self._preempt(victim)
+            if victim is sequence:
+                return None
+        assert sequence.lease is not None
+        return sequence.lease.grow(1)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        self.running.remove(sequence, Status.WAITING)
+        self.waiting.push(sequence)
+
+    def _prefill(self, step: Step) -> None:
+        for sequence in self.running:
+            if sequence.is_prefilling and step.budget:
+                step.add_chunk(sequence, self._chunk_tokens, [])
+
+    def _take(self, sample: Sample, now: float) -> TokenEvent | RequestError:
+        """Appends a sampled token to its sequence, or fails that sequence alone."""
+        sequence, token = sample.sequence, sample.token
+        if token < 0:
+            self.kv.distrust(sequence)
+            self._end(sequence)
+            return GenerationFailed("the model's output for this sequence is not finite")
+        sequence.tokens.append(token)
+        sequence.first_token_at = sequence.first_token_at or now
+        if sequence.status is Status.RUNNING:
+            self.kv.index(sequence)
+        finish = self._finish(sequence, token)
+        if finish is not None:
+            self._end(sequence)
+        return TokenEvent(token, sample.logprob, sample.top, finish)
+
+    def _finish(self, sequence: Sequence, token: int) -> FinishReason | None:
+        if token in self._eos_token_ids and not sequence.request.ignore_eos:
+            return FinishReason.EOS_TOKEN
+        return FinishReason.LENGTH if len(sequence.tokens) == sequence.max_tokens else None
+
+    def _end(self, sequence: Sequence) -> None:
+        if sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.status is Status.RUNNING:
+            self.running.remove(sequence, Status.DONE)
+        sequence.status = Status.DONE

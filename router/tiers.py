@@ -1,0 +1,153 @@
+"""HostAndDisk: the bytes adapters take in the shards' host memory and on their disks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from lorafleet.cache.residency import ByteLedger
+from lorafleet.proto.messages import AdapterInfo, AdapterKey, Tier
+from lorafleet.router.errors import AdapterUnservable, Overloaded
+from lorafleet.router.shards import ShardGroup
+
+Pinned = Callable[[AdapterKey], bool]
+
+
+class HostAndDisk:
+    """Fetches adapters, evicting the least recently used ones that are not pinned to make room.
+
+    While everything is pinned, fetches wait, in order of arrival. A fetch that waits holds nothing
+    in that tier, and a host copy never waits for disk room, so what is waited for can always end.
+    """
+
+    def __init__(
+        self,
+        shards: ShardGroup,
+        is_host_pinned: Pinned,
+        is_disk_pinned: Pinned,
+        forget: Callable[[AdapterKey], None],
+    ) -> None:
+        self.host = ByteLedger[AdapterKey](shards.info.host_bytes)
+        self.disk = ByteLedger[AdapterKey](shards.info.disk_bytes)  # downloaded adapters only
+        self._shards = shards
+        self._is_host_pinned = is_host_pinned
+        self._is_disk_pinned = is_disk_pinned
+        self._forget = forget  # called before an evicted adapter's copies go
+        self._host_room = asyncio.Lock()  # whoever holds it makes room; the others queue behind
+        self._disk_room = asyncio.Lock()
+        self._unpinned = asyncio.Event()
+        self._drops: dict[AdapterKey, asyncio.Future[None]] = {}  # from disk, under way
+
+    async def start(self) -> None:
+        """Counts what the shards hold from before, and evicts what is over a budget."""
+        for info in await self._shards.list_adapters():
+            if info.disk_bytes:
+                self.disk.put(info.key, info.disk_bytes)
+            if info.tier >= Tier.HOST:
+                self.host.put(info.key, info.packed_bytes)
+        await self._make_disk_room(0)
+        await self._make_host_room(0)
+
+    async def fetch_to_disk(self, key: AdapterKey, api_token: str) -> AdapterInfo:
+        """Validates and sizes an adapter on every rank, downloading it if it is remote."""
+        info = await self._fetch_to_disk(key, api_token)
+        if info.disk_bytes > self.disk.budget:
+            await self._shards.drop(key, Tier.DISK)
+            raise AdapterUnservable(
+                f"adapter {key} is {info.disk_bytes} bytes, more than the "
+                f"{self.disk.budget} bytes --adapter-disk-bytes gives"
+            )
+        if self.disk.nbytes(key) != info.disk_bytes:
+            # Only a finished download has a known size, so room is made after it.
+            self.disk.remove(key)
+            self.wake()
+            async with self._disk_room:
+                await self._make_disk_room(info.disk_bytes)
+                self.disk.put(key, info.disk_bytes)
+        return info
+
+    async def load_to_host(self, key: AdapterKey, nbytes: int, api_token: str) -> AdapterInfo:
+        """Packs an adapter that the caller has pinned into every rank's host memory."""
+        self.host.remove(key)
+        async with self._host_room:
+            await self._make_host_room(nbytes)
+            self.host.put(key, nbytes)
+        try:
+            return await self._shards.fetch(key, Tier.HOST, api_token)
+        except BaseException:
+            await self.drop(key, Tier.HOST)  # some ranks may have it
+            raise
+
+    async def drop(self, key: AdapterKey, tier: Tier) -> None:
+        """Forgets copies in a tier and above."""
+        if tier is Tier.DISK:
+            self.disk.remove(key)
+        try:
+            await self._shards.drop(key, tier)
+        finally:
+            self.host.remove(key)
+            self.wake()
+
+    def touch(self, key: AdapterKey) -> None:
+        """An adapter was used now."""
+        self.host.touch(key)
+        self.disk.touch(key)
+
+    def wake(self) -> None:
+        """Something may be unpinned: whoever waits looks again."""
+        self._unpinned.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Waits for a condition that pins and claims decide."""
+        while not condition():
+            self._unpinned.clear()
+            await self._unpinned.wait()
+
+    def check(self) -> None:
+        """Asserts that the ledgers balance and are within budget."""
+        for ledger in (self.host, self.disk):
+            ledger.check()
+            assert ledger.used <= ledger.budget, "a tier is over its budget"
+
+    async def _fetch_to_disk(self, key: AdapterKey, api_token: str) -> AdapterInfo:
+        if key in self._drops:
+            await asyncio.shield(self._drops[key])
+        while True:
+            try:
+                return await self._shards.fetch(key, Tier.DISK, api_token)
+            except Overloaded:
+                # The disk filled up before the size was known; without anything to evict, the
+                # caller hears it.
+                async with self._disk_room:
+                    victim = self.disk.oldest(self._is_disk_pinned)
+                    if victim is None:
+                        raise
+                    await self._evict_from_disk(victim)
+
+    async def _make_host_room(self, nbytes: int) -> None:
+        ledger = self.host
+        while ledger.used + nbytes > ledger.budget:
+            await self.until(lambda: ledger.oldest(self._is_host_pinned) is not None)
+            victim = ledger.oldest(self._is_host_pinned)
+            assert victim is not None
+            ledger.num_evictions += 1
+            self._forget(victim)
+            await self.drop(victim, Tier.HOST)
+
+    async def _make_disk_room(self, nbytes: int) -> None:
+        ledger = self.disk
+        while ledger.used + nbytes > ledger.budget:
+            await self.until(lambda: ledger.oldest(self._is_disk_pinned) is not None)
+            victim = ledger.oldest(self._is_disk_pinned)
+            assert victim is not None
+            await self._evict_from_disk(victim)
+
+    async def _evict_from_disk(self, victim: AdapterKey) -> None:
+        self.disk.num_evictions += 1
+        self._forget(victim)
+        done = self._drops[victim] = asyncio.get_running_loop().create_future()
+        try:
+            await self.drop(victim, Tier.DISK)
+        finally:
+            del self._drops[victim]
+            done.set_result(None)

@@ -1,0 +1,175 @@
+"""Attention over paged keys and values, plugged into transformers' attention interface.
+
+A step's rows are cut once, not per layer, into a decode part (one token a row, computed together)
+and prefill spans (several tokens, computed row by row). This module is the plain-torch form; it
+runs on any device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from lorafleet.shard.config import PAGE_SIZE
+from lorafleet.shard.kv_pool import KvPool
+
+NAME = "lorafleet_paged"
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSpan:
+    """Tokens [start, stop) of the step: positions [first, first + stop - start) of one row."""
+
+    start: int
+    stop: int
+    first: int
+    pages: torch.Tensor  # [n] int64, covering every position up to the last
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """What attention needs of a step; built once, read by every layer.
+
+    locations: [num_tokens] int64, where each token's key and value go in the pool.
+    spans: the prefill rows. Decode rows are the tokens from `decode_start` on.
+    decode_pages: [num_decodes, n] int64; decode_lengths: [num_decodes] int64, keys per row.
+    """
+
+    pool: KvPool
+    locations: torch.Tensor
+    spans: list[PrefillSpan]
+    decode_start: int
+    decode_pages: torch.Tensor
+    decode_lengths: torch.Tensor
+    masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+
+    def span_mask(self, index: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask [tokens, keys] of a prefill span, made once for all layers."""
+        key = (index, window)
+        if key not in self.masks:
+            span = self.spans[index]
+            device = self.locations.device
+            positions = torch.arange(span.first, span.first + span.stop - span.start, device=device)
+            self.masks[key] = _mask(positions.unsqueeze(1), _num_keys(span.pages), window, dtype)
+        return self.masks[key]
+
+    def decode_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask [num_decodes, 1, 1, keys], made once for all layers."""
+        key = (-1, window)
+        if key not in self.masks:
+            positions = (self.decode_lengths - 1).view(-1, 1, 1, 1)
+            self.masks[key] = _mask(positions, _num_keys(self.decode_pages), window, dtype)
+        return self.masks[key]
+
+
+def paged_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    *,
+    paged: AttentionBatch,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of a step's tokens over their rows' pages.
+
+    query: [1, heads, num_tokens, head_dim]; key, value: [1, kv_heads, num_tokens, head_dim], stored
+    before anything is read. Token i of a row sees keys j with i - sliding_window < j <= i.
+    Returns [1, num_tokens, heads, head_dim].
+    """
+    layer, pool = module.layer_idx, paged.pool
+    pool.write(layer, paged.locations, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    output = torch.empty_like(query[0].transpose(0, 1), memory_format=torch.contiguous_format)
+    for index, span in enumerate(paged.spans):
+        keys, values = pool.read(layer, span.pages)
+        mask = paged.span_mask(index, sliding_window, query.dtype)
+        tokens = query[0, :, span.start : span.stop]
+        output[span.start : span.stop] = _attend_span(tokens, keys, values, mask, scaling, softcap)
+    if paged.decode_start < output.shape[0]:
+        keys, values = pool.read(layer, paged.decode_pages)
+        mask = paged.decode_mask(sliding_window, query.dtype)
+        tokens = query[0, :, paged.decode_start :].transpose(0, 1)
+        output[paged.decode_start :] = _attend_rows(tokens, keys, values, mask, scaling, softcap)
+    return output.unsqueeze(0), None
+
+
+def _attend_span(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """query [heads, t, d], keys and values [k, kv_heads, d] -> [t, heads, d]."""
+    num_kv_heads = keys.shape[1]
+    grouped = query.unflatten(0, (num_kv_heads, -1))  # [kv_heads, heads per kv head, t, d]
+    group = grouped.shape[1]
+    keys = keys.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+    values = values.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+    return _attend(grouped, keys, values, mask, scaling, softcap).flatten(0, 1).transpose(0, 1)
+
+
+def _attend_rows(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """query [rows, heads, d], keys and values [rows, k, kv_heads, d] -> [rows, heads, d].
+
+    A row's heads of one key/value head take the place of query tokens, so keys are not repeated.
+    """
+    num_kv_heads = keys.shape[2]
+    grouped = query.unflatten(1, (num_kv_heads, -1))  # [rows, kv_heads, heads per kv head, d]
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    return _attend(grouped, keys, values, mask, scaling, softcap).flatten(1, 2)
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+    scores = torch.tanh(query @ keys.transpose(-1, -2) * (scaling / softcap)) * softcap + mask
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype) @ values
+
+
+def _mask(
+    positions: torch.Tensor, num_keys: int, window: int | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """0 where the token at a position sees a key, -inf where it does not."""
+    keys = torch.arange(num_keys, device=positions.device)
+    seen = keys <= positions
+    if window is not None:
+        seen &= keys > positions - window
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+        ~seen, float("-inf")
+    )
+
+
+def _num_keys(pages: torch.Tensor) -> int:
+    return pages.shape[-1] * PAGE_SIZE
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Stands for transformers' mask maker: the paged batch brings its own masks."""
+
+
+AttentionInterface.register(NAME, paged_attention)
+AttentionMaskInterface.register(NAME, _no_mask)

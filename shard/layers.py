@@ -1,0 +1,168 @@
+"""Tensor-parallel layers: what takes the place of a decoder's linears and embedding.
+
+Every linear of a decoder layer ends up in one of two forms. Column-parallel ones that share an
+input (q/k/v, gate/up) are merged into one GEMM and one LoRA site; row-parallel ones (o, down) sum
+over the ranks. LoRA is added before that sum, so an adapter costs no extra collective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lorafleet.cache.layout import LoraSite
+from lorafleet.kernels.lora.op import LoraBatch, lora_add_
+from lorafleet.kernels.lora.weights import SiteWeights
+from lorafleet.shard.group import Group
+
+
+@dataclass(slots=True)
+class LoraState:
+    """The step's LoRA rows, as every site reads them. Set by the decoder before each forward."""
+
+    batch: LoraBatch
+
+
+class Site(nn.Module):
+    """A linear, or several merged into one, with adapters on top: y = x @ W^T + LoRA.
+
+    `weight` is this rank's [out_local, in_local]; rows follow `layout.targets`.
+    """
+
+    def __init__(
+        self, layout: LoraSite, has_bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        self.widths = [target.out_local for target in layout.targets]
+        rows, columns = sum(self.widths), layout.targets[0].in_local
+        self.weight = _parameter((rows, columns), dtype, device)
+        self.bias = _parameter((rows,), dtype, device) if has_bias else None
+        self._lora: LoraState | None = None
+        self._adapters: SiteWeights | None = None
+
+    def attach(self, state: LoraState, adapters: SiteWeights) -> None:
+        """Gives the site its adapters' weights and the step's rows."""
+        self._lora, self._adapters = state, adapters
+
+    def add_lora_(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Adds each row's adapter to `y` [num_tokens, out_local], in place."""
+        if self._lora is not None and self._adapters is not None:
+            lora_add_(y, x, self._adapters, self._lora.batch)
+
+
+class ColumnSite(Site):
+    """Column-parallel linears over one input; each rank holds a part of the outputs."""
+
+    def __init__(
+        self, layout: LoraSite, has_bias: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(layout, has_bias, dtype, device)
+        self._parts: tuple[torch.Tensor, ...] = ()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, num_tokens, in] -> [1, num_tokens, out_local]."""
+        rows = x[0]
+        y = F.linear(rows, self.weight, self.bias)
+        self.add_lora_(y, rows)
+        return y.unsqueeze(0)
+
+    def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """The output of member `index`; the first member computes all of them.
+
+        A decoder layer calls its members in order and with the same input, so the others only
+        pick up their share, and the last one lets go of the whole.
+        """
+        if index == 0:
+            self._parts = self(x).split(self.widths, dim=-1)
+        part = self._parts[index]
+        if index == len(self.widths) - 1:
+            self._parts = ()
+        return part
+
+
+class ColumnMember(nn.Module):
+    """Stands where the model expects one linear of a merged site."""
+
+    def __init__(self, site: ColumnSite, index: int) -> None:
+        super().__init__()
+        self._site = [site]  # in a list, so that the site's weights are not registered twice
+        self._index = index
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, num_tokens, in] -> [1, num_tokens, out_local of this member]."""
+        return self._site[0].part(x, self._index)
+
+
+class RowSite(Site):
+    """A row-parallel linear; each rank holds a part of the inputs and the ranks' outputs sum."""
+
+    def __init__(
+        self,
+        layout: LoraSite,
+        has_bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: Group,
+    ) -> None:
+        super().__init__(layout, has_bias, dtype, device)
+        self._group = group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, num_tokens, in_local] -> [1, num_tokens, out]."""
+        rows = x[0]
+        y = F.linear(rows, self.weight)
+        self.add_lora_(y, rows)
+        self._group.all_reduce_(y)
+        if self.bias is not None:
+            y += self.bias  # once, after the sum
+        return y.unsqueeze(0)
+
+
+class VocabEmbedding(nn.Module):
+    """A vocabulary-parallel embedding: each rank looks up its entries, the ranks' results sum.
+
+    Wraps the model's own embedding module, which keeps what it does besides the lookup (Gemma
+    scales); only one rank's term is non-zero, so the sum is exact.
+    """
+
+    def __init__(self, lookup: nn.Embedding, start: int, group: Group) -> None:
+        super().__init__()
+        self.lookup = lookup
+        self._start, self._group = start, group
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[1, num_tokens] ids -> [1, num_tokens, hidden]."""
+        if self._group.size == 1:
+            return self.lookup(ids)  # type: ignore[no-any-return]
+        local = ids - self._start
+        here = (local >= 0) & (local < self.lookup.weight.shape[0])
+        rows: torch.Tensor = self.lookup(local.masked_fill(~here, 0))
+        return self._group.all_reduce_(rows.masked_fill_(~here.unsqueeze(-1), 0))
+
+
+class VocabHead(nn.Module):
+    """A vocabulary-parallel output layer: each rank computes its entries, then all get all."""
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, vocab_size: int, group: Group
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self._vocab_size, self._group = vocab_size, group
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden] -> float32 logits [n, vocab_size], the same bits on every rank."""
+        local = F.linear(hidden, self.weight, self.bias)
+        if self._group.size == 1:
+            return local.float()
+        width = -(-self._vocab_size // self._group.size)
+        padded = F.pad(local, (0, width - local.shape[1]))  # the last rank may have fewer
+        return self._group.all_gather_columns(padded)[:, : self._vocab_size].float()
+
+
+def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

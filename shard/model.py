@@ -1,0 +1,262 @@
+"""Decoder: transformers' own modelling over this rank's slice of the weights.
+
+The model is built on the meta device from a config that names this rank's heads and columns only;
+its linears and its embedding are swapped for the tensor-parallel ones of `layers`, and the weights
+are then streamed from the checkpoint straight into place. A rank never holds the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lorafleet.cache.layout import LoraSite, ModelLayout
+from lorafleet.kernels.lora.op import LoraBatch
+from lorafleet.kernels.lora.weights import SiteWeights
+from lorafleet.shard import attention
+from lorafleet.shard.attention import AttentionBatch
+from lorafleet.shard.checkpoint import Checkpoint
+from lorafleet.shard.errors import BadCheckpoint, UnsupportedModel
+from lorafleet.shard.group import Group
+from lorafleet.shard.layers import (
+    ColumnMember,
+    ColumnSite,
+    LoraState,
+    RowSite,
+    Site,
+    VocabEmbedding,
+    VocabHead,
+)
+from lorafleet.shard.partition import MERGED, Interval, Partition
+
+# Families whose tokens are proven equal to transformers + peft by the tests.
+SUPPORTED = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Phi3ForCausalLM",
+)
+
+
+def check_supported(config: Any) -> str:
+    """The architecture of a config. Raises UnsupportedModel naming it and what is supported."""
+    names = getattr(config, "architectures", None) or ["(none named)"]
+    if names[0] not in SUPPORTED:
+        raise UnsupportedModel(
+            f"architecture {names[0]} is not supported; supported are {', '.join(SUPPORTED)}"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel("quantized checkpoints (quantization_config) are not supported")
+    return str(names[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One parameter and where in the checkpoint it comes from.
+
+    `names` are joined along the first dimension, each cut to its intervals of `rows`; `columns`
+    cuts the second dimension instead.
+    """
+
+    parameter: nn.Parameter
+    names: tuple[str, ...]
+    rows: tuple[tuple[Interval, ...], ...]
+    columns: Interval | None = None
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Fills the parameter. Raises BadCheckpoint: no such tensor, or another shape."""
+        if self.columns is not None:
+            tensor = checkpoint.columns(self.names[0], self.columns)
+        else:
+            parts = zip(self.names, self.rows, strict=True)
+            tensor = torch.cat([checkpoint.rows(name, rows) for name, rows in parts])
+        if tensor.shape != self.parameter.shape:
+            raise BadCheckpoint(
+                f"{' + '.join(self.names)}: the configuration asks for "
+                f"{tuple(self.parameter.shape)} on this rank, the checkpoint gives "
+                f"{tuple(tensor.shape)}"
+            )
+        with torch.no_grad():
+            self.parameter.copy_(tensor)
+
+
+class Decoder:
+    """The model of one rank: token ids in, logits out.
+
+    `sites` in layer order are where adapters act; `layout` describes them to the adapter tiers.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        group: Group,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Builds the model without weights; `load` brings them."""
+        self.architecture = check_supported(config)
+        self.config = config
+        self.partition = Partition.of(config, group.rank, group.size)
+        self.dtype, self.device = dtype, device
+        self._group = group
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._lora = LoraState(LoraBatch.none(device))
+        model = _on_meta(self.partition.local_config(config), dtype)
+        self._base: Any = model.model
+        self.sites = self._swap_linears()
+        self.head = self._swap_vocabulary(model)
+        self.layout = ModelLayout(config.name_or_path, tuple(site.layout for site in self.sites))
+
+    def attach_adapters(self, weights: Callable[[int], SiteWeights]) -> None:
+        """Gives every site its adapters' weights: `weights(i)` for site i of the layout."""
+        for index, site in enumerate(self.sites):
+            site.attach(self._lora, weights(index))
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        paged: AttentionBatch,
+        lora: LoraBatch,
+    ) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden] of a step's tokens; ids and positions [num_tokens]."""
+        self._lora.batch = lora
+        output = self._base(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            paged=paged,
+        )
+        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 logits [n, vocab_size] of hidden states [n, hidden]."""
+        logits: torch.Tensor = self.head(hidden)
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def load(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
+        """Streams this rank's slice of every weight. Raises BadCheckpoint.
+
+        `progress(done_bytes, total_bytes)` is called as tensors arrive.
+        """
+        weights = [*self._vocabulary_weights(), *self._site_weights(), *self._small_weights()]
+        total, done = sum(weight.parameter.nbytes for weight in weights), 0
+        for weight in weights:
+            weight.load(checkpoint)
+            done += weight.parameter.nbytes
+            progress(done, total)
+        _buffers_to(self._base, self.device)
+
+    def _swap_linears(self) -> list[Site]:
+        sites: list[Site] = []
+        for name, module in list(self._base.named_modules()):
+            linears = {n: m for n, m in module.named_children() if isinstance(m, nn.Linear)}
+            for members in _groups(linears):
+                site = self._make_site(name, members, linears)
+                if site is not None:
+                    sites.append(site)
+        return sites
+
+    def _make_site(
+        self, parent: str, members: tuple[str, ...], linears: dict[str, nn.Linear]
+    ) -> Site | None:
+        """Puts a site in the place of `members`, or leaves a linear the plan does not cut."""
+        style = _plan_style(self.config.base_model_tp_plan, f"{parent}.{members[0]}")
+        if not style.startswith(("colwise", "rowwise")):
+            return None
+        module = self._base.get_submodule(parent)
+        names = [f"model.{parent}.{member}" for member in members]
+        layout = LoraSite("+".join(names), tuple(map(self.partition.target, names)))
+        has_bias = linears[members[0]].bias is not None
+        if style.startswith("rowwise"):
+            row = RowSite(layout, has_bias, self.dtype, self.device, self._group)
+            setattr(module, members[0], row)
+            return row
+        column = ColumnSite(layout, has_bias, self.dtype, self.device)
+        if len(members) == 1:
+            setattr(module, members[0], column)
+            return column
+        module.add_module("_".join(members), column)
+        for index, member in enumerate(members):
+            setattr(module, member, ColumnMember(column, index))
+        return column
+
+    def _swap_vocabulary(self, model: Any) -> VocabHead:
+        start, stop = self.partition.vocab_range
+        lookup = self._base.embed_tokens
+        lookup.weight = self._empty(stop - start, self.partition.hidden_size)
+        lookup.padding_idx = None  # plays no part in a lookup, and may lie outside this slice
+        self._base.embed_tokens = VocabEmbedding(lookup, start, self._group)
+        tied = self.config.tie_word_embeddings
+        weight = lookup.weight if tied else self._empty(stop - start, self.partition.hidden_size)
+        bias = self._empty(stop - start) if model.lm_head.bias is not None else None
+        return VocabHead(weight, bias, self.partition.vocab_size, self._group)
+
+    def _vocabulary_weights(self) -> Iterator[Weight]:
+        rows = (self.partition.vocab_range,)
+        embedding = self._base.embed_tokens.lookup.weight
+        yield Weight(embedding, ("model.embed_tokens.weight",), (rows,))
+        if self.head.weight is not embedding:
+            yield Weight(self.head.weight, ("lm_head.weight",), (rows,))
+        if self.head.bias is not None:
+            yield Weight(self.head.bias, ("lm_head.bias",), (rows,))
+
+    def _site_weights(self) -> Iterator[Weight]:
+        for site in self.sites:
+            targets = site.layout.targets
+            rows = tuple(target.out_ranges for target in targets)
+            columns = targets[0].in_range if isinstance(site, RowSite) else None
+            yield Weight(site.weight, tuple(f"{t.name}.weight" for t in targets), rows, columns)
+            if site.bias is not None:
+                yield Weight(site.bias, tuple(f"{t.name}.bias" for t in targets), rows)
+
+    def _small_weights(self) -> Iterator[Weight]:
+        """Norms and the like, which every rank keeps whole."""
+        for name, parameter in list(self._base.named_parameters()):
+            if parameter.is_meta:
+                real = self._empty(*parameter.shape)
+                parent, _, leaf = name.rpartition(".")
+                setattr(self._base.get_submodule(parent), leaf, real)
+                yield Weight(real, (f"model.{name}",), (((0, parameter.shape[0]),),))
+
+    def _empty(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(
+            torch.empty(shape, dtype=self.dtype, device=self.device), requires_grad=False
+        )
+
+
+def _on_meta(config: Any, dtype: torch.dtype) -> Any:
+    config._attn_implementation = attention.NAME
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def _groups(linears: dict[str, nn.Linear]) -> list[tuple[str, ...]]:
+    """Children of one module, those that share an input merged, in the order they are called."""
+    merged = [group for group in MERGED if linears.keys() >= set(group)]
+    alone = [(name,) for name in linears if not any(name in group for group in merged)]
+    return [*merged, *alone]
+
+
+def _plan_style(plan: dict[str, str], name: str) -> str:
+    return next((style for pattern, style in plan.items() if fnmatch(name, pattern)), "")
+
+
+def _buffers_to(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))

@@ -1,0 +1,53 @@
+"""RowTable: what a shard remembers of the sequences that hold its rows."""
+
+from __future__ import annotations
+
+import torch
+
+from lorafleet.proto.messages import SamplingParams, SequenceStart, StepPlan
+from lorafleet.shard.config import PAGE_SIZE
+
+
+class RowTable:
+    """Tokens, pages and sampling parameters by row; owned by the compute thread.
+
+    tokens: [max_rows, max_len + 1] int64 on the device. A step reads its inputs here and writes
+    what it samples here, so generated tokens never travel to come back.
+    page_table: [max_rows, max_pages] int64 on the device.
+    """
+
+    def __init__(self, max_rows: int, max_len: int, device: torch.device) -> None:
+        self.device = device
+        self.tokens = torch.zeros(max_rows, max_len + 1, dtype=torch.int64, device=device)
+        max_pages = -(-max_len // PAGE_SIZE)
+        self.page_table = torch.zeros(max_rows, max_pages, dtype=torch.int64, device=device)
+        self.sampling = [SamplingParams()] * max_rows
+        self.num_prompt_tokens = [0] * max_rows
+        self._num_pages = [0] * max_rows
+
+    def begin(self, start: SequenceStart) -> None:
+        """Gives a row to a sequence; whatever held it is forgotten."""
+        row = start.row
+        self.sampling[row] = start.sampling
+        self.num_prompt_tokens[row] = start.num_prompt_tokens
+        self._num_pages[row] = 0
+        ids = torch.tensor(start.token_ids, dtype=torch.int64)
+        self.tokens[row, : len(ids)] = ids.to(self.device, non_blocking=True)
+
+    def append_pages(self, plan: StepPlan) -> None:
+        """Extends the rows' page tables by the pages the plan brings."""
+        rows: list[int] = []
+        columns: list[int] = []
+        for row, count in zip(plan.rows, plan.new_page_counts, strict=True):
+            if count:
+                held = self._num_pages[row]
+                rows += [row] * count
+                columns += range(held, held + count)
+                self._num_pages[row] = held + count
+        if rows:
+            index = torch.tensor([rows, columns, plan.pages]).to(self.device, non_blocking=True)
+            self.page_table[index[0], index[1]] = index[2]
+
+    def pages_for(self, length: int) -> int:
+        """Pages that hold `length` tokens."""
+        return -(-length // PAGE_SIZE)

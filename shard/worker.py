@@ -1,0 +1,179 @@
+"""Worker: runs plans in order; owns the device."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+
+import torch
+
+from lorafleet.cache.device_tier import DeviceTier
+from lorafleet.cache.store import AdapterStore
+from lorafleet.proto.messages import StepPlan, StepResult
+from lorafleet.shard.batch import Batch, build_batch
+from lorafleet.shard.kv_pool import KvPool
+from lorafleet.shard.model import Decoder
+from lorafleet.shard.rows import RowTable
+from lorafleet.shard.sampling import sample, top_logprobs
+from lorafleet.shard.streams import StepStream
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.0002  # how often to look whether the device finished while waiting for a plan
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step whose work is queued on the device. Tensors are ready once `event` is."""
+
+    stream: StepStream
+    plan: StepPlan
+    started: float
+    event: torch.cuda.Event | None = None
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def is_done(self) -> bool:
+        """Whether the device has finished the step."""
+        return self.event is None or self.event.query()
+
+
+class Worker:
+    """The compute loop of one rank.
+
+    It keeps one step queued behind the running one: a plan is launched as soon as it arrives, and
+    only then is the result of the step before it read.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        rows: RowTable,
+        pool: KvPool,
+        adapters: DeviceTier,
+        store: AdapterStore,
+        answers: bool,
+    ) -> None:
+        """`answers`: whether this rank sends results (rank 0)."""
+        self._decoder, self._rows, self._pool = decoder, rows, pool
+        self._adapters, self._store, self._answers = adapters, store, answers
+        self._launched: deque[Launched] = deque()
+
+    def run(self, work: SimpleQueue[tuple[StepStream, StepPlan] | None]) -> None:
+        """Runs plans until the queue yields None. Any exception is the end of this process."""
+        while True:
+            try:
+                item = work.get(timeout=_POLL_SECONDS) if self._launched else work.get()
+            except Empty:
+                self._finish_done()
+                continue
+            if item is None:
+                return
+            stream, plan = item
+            if stream.is_open:  # a plan of a fenced-off stream is void
+                self._launched.append(self._launch_or_die(stream, plan))
+            if len(self._launched) > 1 or self._decoder.device.type == "cpu":
+                self._finish()
+
+    def _finish_done(self) -> None:
+        if self._launched[0].is_done():
+            self._finish()
+
+    def _launch_or_die(self, stream: StepStream, plan: StepPlan) -> Launched:
+        try:
+            return self.launch(stream, plan)
+        except Exception:
+            log.critical(
+                "step %d failed: %d starts, %d moves, %d prefill and %d decode rows, %d tokens",
+                plan.step, len(plan.starts), len(plan.moves), plan.num_prefills,
+                len(plan.rows) - plan.num_prefills, sum(plan.token_counts),
+            )  # fmt: skip
+            raise
+
+    def _finish(self) -> None:
+        launched = self._launched.popleft()
+        result = self.finish(launched)
+        if self._answers:
+            launched.stream.answer(result)
+
+    @torch.inference_mode()
+    def launch(self, stream: StepStream, plan: StepPlan) -> Launched:
+        """Queues a step's work; on CPU this is the work itself."""
+        launched = Launched(stream, plan, time.perf_counter())
+        for move in plan.moves:
+            self._adapters.begin_move(self._store.host(move.key), move.slot, move.arena_offset)
+        for start in plan.starts:
+            self._rows.begin(start)
+        self._rows.append_pages(plan)
+        if plan.rows:
+            self._compute(plan, launched)
+        elif plan.moves:
+            self._adapters.wait_all()  # nothing else to do: answer when the adapters are there
+        if self._decoder.device.type == "cuda":
+            launched.event = torch.cuda.Event()
+            launched.event.record()
+        return launched
+
+    def finish(self, launched: Launched) -> StepResult:
+        """Reads a step's results, waiting for the device if it must."""
+        if launched.event is not None:
+            launched.event.synchronize()
+        columns = {name: tensor.tolist() for name, tensor in launched.columns.items()}
+        elapsed = int((time.perf_counter() - launched.started) * 1e6)
+        return StepResult(
+            launched.plan.step,
+            **columns,
+            ready_slots=self._adapters.take_ready(),
+            compute_us=elapsed,
+        )
+
+    def _compute(self, plan: StepPlan, launched: Launched) -> None:
+        self._adapters.wait({slot for slot in plan.slots if slot})
+        batch = build_batch(plan, self._rows, self._pool)
+        hidden = self._decoder.forward(batch.token_ids, batch.positions, batch.paged, batch.lora)
+        if batch.sample_rows:
+            launched.columns |= self._sample(batch, hidden)
+        launched.columns |= self._prompt_logprobs(plan, batch, hidden)
+
+    def _sample(self, batch: Batch, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self._decoder.logits(hidden[batch.sample_tokens])
+        rows = batch.sample_rows
+        params = [self._rows.sampling[row] for row in rows]
+        index = torch.tensor(rows).to(self._rows.device, non_blocking=True)
+        draw = sample(
+            logits,
+            params,
+            batch.sample_positions,
+            [self._rows.num_prompt_tokens[row] for row in rows],
+            lambda picked, length: self._rows.tokens[index[picked], :length],
+        )
+        positions = torch.tensor(batch.sample_positions).to(self._rows.device, non_blocking=True)
+        self._rows.tokens[index, positions] = draw.tokens.clamp(min=0)
+        columns = {"tokens": _to_host(draw.tokens), "logprobs": _to_host(draw.logprobs)}
+        counts = [p.num_top_logprobs for p in params]
+        if any(counts):
+            ids, logprobs = top_logprobs(logits, max(counts))
+            keep = torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1)
+            columns["top_ids"] = _to_host(ids[keep.to(ids.device)])
+            columns["top_logprobs"] = _to_host(logprobs[keep.to(ids.device)])
+        return columns
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, batch: Batch, hidden: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """log p(next prompt token) at every position of the rows that asked, token by token."""
+        found: list[torch.Tensor] = []
+        for span, row in zip(batch.paged.spans, plan.rows, strict=False):
+            if self._rows.sampling[row].prompt_logprobs:
+                last = self._rows.num_prompt_tokens[row] - 1
+                count = min(span.stop - span.start, max(0, last - span.first))
+                logits = self._decoder.logits(hidden[span.start : span.start + count])
+                nexts = self._rows.tokens[row, span.first + 1 : span.first + 1 + count]
+                found.append(logits.log_softmax(-1).gather(1, nexts.unsqueeze(1)).squeeze(1))
+        return {"prompt_logprobs": _to_host(torch.cat(found))} if found else {}
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", non_blocking=True)

@@ -1,0 +1,255 @@
+"""The store as the shard's RPCs use it: tiers, budgets, and several callers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+
+from lorafleet.cache.errors import AdapterFault, AdapterNotFound, AdapterUnservable, TierFull
+from lorafleet.cache.store import AdapterStore
+from lorafleet.proto.flags import Bytes
+from lorafleet.proto.messages import (
+    AdapterInfo,
+    AdapterKey,
+    DropAdapterRequest,
+    FetchAdapterRequest,
+    FetchProgress,
+    Tier,
+)
+from tests.cache.adapter_cases import Settings, config_of, tensors_of, tiny_layout, write_adapter
+from tests.cache.hub_stand_in import Hub, Repo
+
+ONE, TWO = AdapterKey("local", "one"), AdapterKey("local", "two")
+HUB = AdapterKey("hub", "owner/adapter")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Settings:
+    write_adapter(tmp_path / "root" / "one")
+    write_adapter(
+        tmp_path / "root" / "two",
+        config_of(8, target_modules="all-linear"),
+        tensors_of(("self_attn.v_proj", "mlp.down_proj"), 8),
+    )
+    return Settings(str(tmp_path / "root"), str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with Hub().serve() as hub:
+        hub.repos["owner/adapter"] = Repo(write_adapter(tmp_path / "hub"))
+        yield hub
+
+
+@pytest.fixture
+def store(config: Settings, hub: Hub) -> AdapterStore:
+    return open_store(config, hub)
+
+
+def open_store(config: Settings, hub: Hub | None = None) -> AdapterStore:
+    endpoint = hub.endpoint if hub else None
+    return AdapterStore(config, tiny_layout(), torch.bfloat16, torch.device("cpu"), endpoint)
+
+
+def fetch(
+    store: AdapterStore, key: AdapterKey, tier: Tier = Tier.HOST, token: str = ""
+) -> AdapterInfo:
+    return store.fetch(FetchAdapterRequest(key, tier, token), lambda progress: None)
+
+
+def drop(store: AdapterStore, key: AdapterKey, tier: Tier) -> None:
+    store.drop(DropAdapterRequest(key, tier))
+
+
+def test_disk_sizes_and_host_packs(store: AdapterStore) -> None:
+    sized = fetch(store, TWO, Tier.DISK)
+    assert sized.tier is Tier.DISK
+    assert sized.rank == 8
+    assert sized.target_modules == ["down_proj", "v_proj"]
+    assert sized.disk_bytes == 0
+    assert len(sized.digest) == 64
+    with pytest.raises(AdapterNotFound, match="not in host memory"):
+        store.host(TWO)
+    assert fetch(store, TWO) == replace(sized, tier=Tier.HOST)
+    packed = store.host(TWO)
+    assert packed.nbytes == sized.packed_bytes
+    assert packed.buffer.dtype is torch.bfloat16
+    assert packed.buffer.numel() * 2 == packed.nbytes
+
+
+def test_stages_are_reported_in_order(store: AdapterStore) -> None:
+    seen: list[FetchProgress] = []
+    store.fetch(FetchAdapterRequest(HUB, Tier.HOST), seen.append)
+    assert list(dict.fromkeys(p.stage for p in seen)) == ["downloading", "reading", "packing"]
+    assert all(0 < p.done_bytes <= p.total_bytes for p in seen)
+    assert all(p.info is None for p in seen)
+
+
+def test_hub_adapters_take_disk(store: AdapterStore, tmp_path: Path) -> None:
+    info = fetch(store, HUB)
+    files = [path for path in (tmp_path / "hub").iterdir() if path.name.startswith("adapter_")]
+    assert info.disk_bytes == sum(path.stat().st_size for path in files)
+
+
+def test_a_slot_of_the_same_content_has_the_same_digest(store: AdapterStore) -> None:
+    assert fetch(store, HUB).digest == fetch(store, ONE).digest != fetch(store, TWO).digest
+
+
+def test_host_budget_is_kept_to_the_byte(config: Settings) -> None:
+    sizes = {key: fetch(open_store(config), key, Tier.DISK).packed_bytes for key in (ONE, TWO)}
+    budget = Bytes(sizes[ONE] + sizes[TWO] - 1)
+    store = open_store(replace(config, adapter_host_bytes=budget))
+    fetch(store, ONE)
+    with pytest.raises(TierFull, match=f"needs {sizes[TWO]} bytes"):
+        fetch(store, TWO)
+    assert store.host(ONE).nbytes == sizes[ONE]
+    assert fetch(store, TWO, Tier.DISK).tier is Tier.DISK
+    drop(store, ONE, Tier.HOST)
+    assert fetch(store, TWO).tier is Tier.HOST
+
+
+def test_a_refused_adapter_gives_its_room_back(config: Settings, tmp_path: Path) -> None:
+    size = fetch(open_store(config), ONE, Tier.DISK).packed_bytes
+    store = open_store(replace(config, adapter_host_bytes=Bytes(size)))
+    tensors = tensors_of()
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"][0, 0] = float("nan")
+    write_adapter(tmp_path / "root" / "broken", tensors=tensors)
+    for _ in range(3):
+        with pytest.raises(AdapterUnservable, match="not finite"):
+            fetch(store, AdapterKey("local", "broken"))
+    assert fetch(store, ONE).tier is Tier.HOST
+
+
+def test_drop_forgets_the_tier_and_above(store: AdapterStore, tmp_path: Path) -> None:
+    fetch(store, HUB)
+    drop(store, HUB, Tier.HOST)
+    with pytest.raises(AdapterNotFound):
+        store.host(HUB)
+    assert fetch(store, HUB, Tier.DISK).tier is Tier.DISK
+    fetch(store, HUB)
+    drop(store, HUB, Tier.DISK)
+    assert [key for key in store.list() if key.key == HUB] == []
+    assert [path.name for path in (tmp_path / "cache" / "hub").iterdir()] == [".locks"]
+    for key in (HUB, ONE, AdapterKey("s3", "nowhere"), AdapterKey("hub", "..")):
+        drop(store, key, Tier.DISK)
+
+
+def test_a_dropped_adapters_memory_lives_while_it_is_used(store: AdapterStore) -> None:
+    fetch(store, ONE)
+    packed = store.host(ONE)
+    content = packed.buffer.clone()
+    drop(store, ONE, Tier.HOST)
+    fetch(store, TWO)
+    assert torch.equal(packed.buffer, content)
+
+
+def test_what_is_held_stays_what_it_was_until_dropped(store: AdapterStore, tmp_path: Path) -> None:
+    before = fetch(store, ONE)
+    write_adapter(tmp_path / "root" / "one", tensors=tensors_of(seed=1))
+    assert fetch(store, ONE) == before
+    drop(store, ONE, Tier.DISK)
+    assert fetch(store, ONE).digest != before.digest
+
+
+def test_an_adapter_that_changed_on_disk_is_read_again(store: AdapterStore, tmp_path: Path) -> None:
+    before = fetch(store, ONE, Tier.DISK)
+    write_adapter(tmp_path / "root" / "one", config_of(2), tensors_of(rank=2, seed=1))
+    after = fetch(store, ONE)
+    assert (before.rank, after.rank) == (4, 2)
+    assert after.digest != before.digest
+
+
+def test_lists_what_anyone_may_use(config: Settings, hub: Hub, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "root" / "unservable", config_of(use_dora=True))
+    store = open_store(config, hub)
+    known = fetch(store, TWO)
+    assert [(info.key, info.tier) for info in store.list()] == [(ONE, Tier.DISK), (TWO, Tier.HOST)]
+    assert [info.digest for info in store.list()] == ["", known.digest]
+    fetch(store, HUB, Tier.DISK)
+    assert HUB in [info.key for info in open_store(config).list()]  # another process finds it
+
+
+def test_an_unknown_source_is_named(store: AdapterStore) -> None:
+    with pytest.raises(AdapterNotFound, match="'s3'"):
+        fetch(store, AdapterKey("s3", "bucket/adapter"))
+
+
+def test_a_private_adapter_in_host_memory_still_asks_for_its_token(
+    store: AdapterStore, hub: Hub
+) -> None:
+    hub.repos["owner/adapter"].token = "hf_right"
+    fetch(store, HUB, token="hf_right")
+    with pytest.raises(AdapterNotFound):
+        fetch(store, HUB, token="hf_wrong")
+    with pytest.raises(AdapterNotFound):
+        fetch(store, HUB)
+    assert fetch(store, HUB, token="hf_right").tier is Tier.HOST
+
+
+def test_callers_of_one_adapter_pack_it_once(store: AdapterStore, hub: Hub) -> None:
+    stages: list[str] = []
+
+    def fetch_it(_: int) -> AdapterInfo:
+        request = FetchAdapterRequest(HUB, Tier.HOST)
+        return store.fetch(request, lambda progress: stages.append(progress.stage))
+
+    with ThreadPoolExecutor(8) as pool:
+        infos = list(pool.map(fetch_it, range(8)))
+    assert len(set(map(repr, infos))) == 1
+    assert hub.count("GET /owner/adapter/resolve") == 2
+    modules = 2
+    assert stages.count("packing") == modules
+
+
+def test_a_slow_source_blocks_no_other_adapter(store: AdapterStore, hub: Hub) -> None:
+    hub.repos["owner/adapter"].gate.clear()
+    waiting, answered = Event(), Event()
+
+    def watch(progress: FetchProgress) -> None:
+        answered.set()
+
+    def slow() -> AdapterInfo:
+        waiting.set()
+        return store.fetch(FetchAdapterRequest(HUB, Tier.HOST), watch)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(slow)
+        waiting.wait()
+        assert fetch(store, ONE).tier is Tier.HOST
+        assert [info.key for info in store.list()] == [ONE, TWO]
+        drop(store, TWO, Tier.DISK)
+        assert not answered.is_set()
+        hub.repos["owner/adapter"].gate.set()
+        assert future.result().tier is Tier.HOST
+
+
+def test_different_adapters_at_once_keep_the_budget(config: Settings, tmp_path: Path) -> None:
+    for index in range(8):
+        write_adapter(tmp_path / "root" / f"a{index}", tensors=tensors_of(seed=index))
+    size = fetch(open_store(config), AdapterKey("local", "a0"), Tier.DISK).packed_bytes
+    store = open_store(replace(config, adapter_host_bytes=Bytes(5 * size)))
+
+    def fetch_it(index: int) -> bool:
+        try:
+            fetch(store, AdapterKey("local", f"a{index}"))
+        except TierFull:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(fetch_it, range(8))) == 5
+
+
+def test_every_fault_is_a_cache_error(store: AdapterStore, tmp_path: Path) -> None:
+    (tmp_path / "root" / "file").write_text("no directory")
+    (tmp_path / "root" / "empty").mkdir()
+    for name in ("file", "empty", "../hub", "", "\0"):
+        for tier in (Tier.DISK, Tier.HOST):
+            with pytest.raises(AdapterFault):
+                fetch(store, AdapterKey("local", name), tier)

@@ -1,0 +1,1 @@
+"""The launcher and the `lorafleet` command, on real processes."""
