@@ -33,7 +33,7 @@ demo: setup ## build the demo model and adapters, serve them on two shards, show
 serve: setup ## serve the demo model on PORT (8080) until Ctrl-C
 	@$(RUN) -m lorafleet.deploy.demo --build-only
 	@exec $(RUN) -m lorafleet.deploy serve --model-id .demo/model --adapter-root .demo/adapters \
-	  --num-shard 2 --hostname 0.0.0.0 --port $(PORT)
+	  --num-shard 2 --device cpu --kv-cache-bytes 128MiB --hostname 0.0.0.0 --port $(PORT)
 
 test: setup ## run every test (PYTEST="..." replaces pytest's options)
 	@$(RUN) -m pytest $(PYTEST)

@@ -9,9 +9,8 @@ from lorafleet.router.config import RouterConfig
 from lorafleet.shard.config import ShardConfig
 
 
-def banner(info: dict[str, Any], shard: ShardConfig, router: RouterConfig, port: int) -> str:
-    """The banner's lines. `info` is rank 0's ready event, `port` the one the router got."""
-    url = f"http://{_host(router.hostname)}:{port}"
+def banner(info: dict[str, Any], shard: ShardConfig, router: RouterConfig, url: str) -> str:
+    """Its lines. `info` is of rank 0's ready event, `url` of the router's."""
     rows = {
         "URL": url,
         "model": f"{info['model_id']} ({info['architecture']}, {info['dtype']})",
@@ -31,9 +30,3 @@ def banner(info: dict[str, Any], shard: ShardConfig, router: RouterConfig, port:
 def _curl(url: str) -> str:
     body = '{"inputs": "Write a short poem about the sea.", "parameters": {"max_new_tokens": 64}}'
     return f"curl {url}/generate -H 'Content-Type: application/json' -d '{body}'"
-
-
-def _host(hostname: str) -> str:
-    if hostname in ("0.0.0.0", "::", ""):
-        return "localhost"
-    return f"[{hostname}]" if ":" in hostname else hostname

@@ -103,8 +103,8 @@ class Launch:
 
     def _show_banner(self) -> None:
         info = self._ready["shard 0"]["info"]
-        port = self._ready["router"].get("port", self.router_config.port)
-        print(banner(info, self.shard_config, self.router_config, port), flush=True)
+        url = self._ready["router"]["url"]
+        print(banner(info, self.shard_config, self.router_config, url), flush=True)
 
     async def _watch(self) -> int:
         exits = {child.exited: child for child in self._children()}

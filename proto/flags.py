@@ -73,7 +73,11 @@ def from_flags(config: type[T], args: argparse.Namespace, **overrides: Any) -> T
 
     Raises ValueError, naming flag and range, from the config's own checks.
     """
-    values = {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name)}  # type: ignore[arg-type]
+    values = {}
+    for f in fields(config):  # type: ignore[arg-type]
+        if hasattr(args, f.name):
+            value = getattr(args, f.name)
+            values[f.name] = tuple(value) if isinstance(value, list) else value
     return config(**(values | overrides))
 
 

@@ -29,7 +29,7 @@ from lorafleet.router.service import SERVICE
 
 log = logging.getLogger("lorafleet.router")
 
-_CLOSE_SECONDS = 2.0  # what responses get to be written after drain or failure
+_CLOSE_SECONDS = 1.0  # what responses get to be written after drain or failure
 
 
 class _Stop:
@@ -75,6 +75,7 @@ async def _run(config: RouterConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.ask)
     watch_parent(partial(_from_thread, loop, stop.now))
+    log.info("connecting to %s", " ".join(config.shards))
     connecting = asyncio.create_task(Engine.start(config))
     await _first(connecting, stop.asked.wait())
     if not connecting.done():

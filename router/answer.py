@@ -22,7 +22,6 @@ from lorafleet.router.generation import Generation
 from lorafleet.router.service import SERVICE, Clock
 from lorafleet.router.text import Completion, Token
 
-STREAM_STATUS = "stream_status"  # request key: the status of a stream that failed after its 200
 _SAFE = "!#$&'()*+,-./:;=?@[]_~"  # header values are ASCII without control characters
 
 
@@ -72,6 +71,7 @@ class Answer:
             except Exception as error:
                 if not stream.has_begun:
                     raise
+                stream.response.outcome = status_of(error)
                 await stream.write(self._error_frame(error))
         return stream.response
 
@@ -104,7 +104,6 @@ class Answer:
 
     def _error_frame(self, error: Exception) -> bytes:
         openai = is_openai(self.request)
-        self.request[STREAM_STATUS] = status_of(error)
         start = "data: " if openai else "data:"
         return f"{start}{to_json(to_object(error, openai=openai))}\n\n".encode()
 

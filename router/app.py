@@ -10,10 +10,10 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from lorafleet.router import routes_lorax, routes_openai, routes_service
-from lorafleet.router.answer import STREAM_STATUS
 from lorafleet.router.body import MAX_BODY_BYTES
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.engine import Engine
+from lorafleet.router.event_stream import EventResponse
 from lorafleet.router.failures import CLIENT_GONE, answer_errors
 from lorafleet.router.service import SERVICE, Service
 
@@ -54,7 +54,7 @@ async def _count_requests(request: web.Request, handler: Handler) -> web.StreamR
     status, started_at = CLIENT_GONE, perf_counter()
     try:
         response = await handler(request)
-        status = request.get(STREAM_STATUS, response.status)
+        status = response.outcome if isinstance(response, EventResponse) else response.status
         return response
     finally:
         metrics.requests.labels(route, str(status)).inc()

@@ -51,7 +51,7 @@ class WindowDetokenizer:
 
     def __init__(
         self,
-        decode: Callable[[list[int]], str],
+        decode: Callable[[tuple[int, ...]], str],
         before: list[int],
         text_ids: Container[int],
         byte_ids: Container[int],
@@ -61,7 +61,7 @@ class WindowDetokenizer:
         self._byte_ids = byte_ids
         self._window = list(before)
         self._num_shown = len(self._window)  # tokens of the window whose text is out
-        self._shown = decode(self._window)
+        self._shown = decode(tuple(before))
 
     def step(self, token_id: int) -> str:
         """The text this token completes."""
@@ -70,17 +70,17 @@ class WindowDetokenizer:
         self._window.append(token_id)
         if token_id in self._byte_ids:
             return ""
-        text = self._decode(self._window)
+        text = self._decode(tuple(self._window))
         return "" if text.endswith(REPLACEMENT) else self._advance(text)
 
     def flush(self) -> str:
         """Everything held."""
-        return self._advance(self._decode(self._window))
+        return self._advance(self._decode(tuple(self._window)))
 
     def _advance(self, text: str) -> str:
         new = text[len(self._shown) :]
         if new:
             del self._window[: self._num_shown]
             self._num_shown = len(self._window)
-            self._shown = self._decode(self._window)
+            self._shown = self._decode(tuple(self._window))
         return new

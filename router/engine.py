@@ -57,7 +57,11 @@ class Engine:
         shards = await ShardGroup.connect(config.shards, config.shard_connect_seconds)
         limits = SchedulerLimits(config.prefill_chunk_tokens, config.prefix_caching)
         engine = cls(shards, limits)
-        await engine._directory.start()
+        try:
+            await engine._directory.start()
+        except BaseException:
+            await engine.close()
+            raise
         return engine
 
     async def close(self) -> None:
@@ -82,6 +86,8 @@ class Engine:
         if request.adapter is not None:
             pin = await self._directory.acquire(request.adapter, request.api_token)
         if self.failure is not None:
+            if pin is not None:
+                pin.close()
             raise self.failure
         adapter = pin.adapter if pin is not None else None
         sequence = Sequence(next(self._tickets), request, adapter, submitted_at)

@@ -18,6 +18,12 @@ _HEADERS = {
 }
 
 
+class EventResponse(web.StreamResponse):
+    """A stream's response: its status is sent long before `outcome` is known."""
+
+    outcome = 200  # the status it would have, had it not begun with another one
+
+
 class EventStream:
     """One response. It begins with the first write, so errors before that can still have a status.
 
@@ -25,19 +31,28 @@ class EventStream:
     """
 
     def __init__(self, request: web.Request, headers: Callable[[], dict[str, str]]) -> None:
-        self.written_at = monotonic()
         self.has_begun = False
-        self.response = web.StreamResponse()
+        self.response = EventResponse()
         self._request = request
         self._headers = headers
         self._beginning = asyncio.Lock()
+        self._written_at = monotonic()
+        self._num_writers = 0  # inside `write`, maybe waiting for a slow client
 
     async def write(self, frames: bytes) -> None:
         """Sends frames. Raises ConnectionResetError when the client is gone."""
-        if not self.has_begun:
-            await self._begin()
-        self.written_at = monotonic()
-        await self.response.write(frames)
+        self._num_writers += 1
+        try:
+            if not self.has_begun:
+                await self._begin()
+            self._written_at = monotonic()
+            await self.response.write(frames)
+        finally:
+            self._num_writers -= 1
+
+    def is_silent_since(self, time: float) -> bool:
+        """Whether nothing was sent since `time` (monotonic) and nothing is about to be."""
+        return self._written_at <= time and not self._num_writers
 
     async def _begin(self) -> None:
         async with self._beginning:
@@ -51,7 +66,7 @@ class KeepAlive:
     """One task that writes a comment to each stream that has been silent for a while."""
 
     def __init__(self, seconds: float = KEEP_ALIVE_SECONDS) -> None:
-        self._seconds = seconds
+        self.seconds = seconds  # of silence before a comment
         self._streams: set[EventStream] = set()
 
     @contextmanager
@@ -66,9 +81,9 @@ class KeepAlive:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            await asyncio.sleep(self._seconds / 3)
-            silent = monotonic() - self._seconds
-            for stream in [stream for stream in self._streams if stream.written_at <= silent]:
+            await asyncio.sleep(self.seconds / 3)
+            time = monotonic() - self.seconds
+            for stream in [stream for stream in self._streams if stream.is_silent_since(time)]:
                 try:
                     await stream.write(_COMMENT)
                 except ConnectionError:

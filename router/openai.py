@@ -180,9 +180,9 @@ class OpenAiWriter(ABC):
 
     def frames(self, choice: Choice, token: Token) -> bytes:
         """Everything to send for one token."""
-        frames = self.delta(choice, token)
-        if len(choice.completion.tokens) == 1:
-            frames = self.opening(choice) + frames
+        is_first = len(choice.completion.tokens) == 1
+        frames = self.opening(choice) if is_first else ""
+        frames += self.delta(choice, token)
         if choice.completion.finish:
             frames += self.closing(choice)
         return frames.encode()

@@ -29,6 +29,8 @@ class Sequence:
     adapter: Adapter | None
     submitted_at: float
     tokens: list[int] = field(init=False)  # prompt, then generated tokens that have arrived
+    num_prompt: int = field(init=False)  # tokens of the prompt
+    max_tokens: int = field(init=False)  # tokens it may have in the end, prompt included
     status: Status = Status.WAITING
     started_at: float = 0.0  # first planned
     first_token_at: float = 0.0
@@ -47,16 +49,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_ids)
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens it may have in the end, prompt included."""
-        return self.num_prompt + self.request.max_new_tokens
+        self.num_prompt = len(self.tokens)
+        self.max_tokens = self.num_prompt + self.request.max_new_tokens
 
     @property
     def namespace(self) -> Namespace:

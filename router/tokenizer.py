@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 from tokenizers import Tokenizer as TokenizerFile
@@ -13,6 +14,8 @@ from tokenizers import Tokenizer as TokenizerFile
 from lorafleet.router.detokenizer import Detokenizer, Utf8Detokenizer, WindowDetokenizer
 
 R = TypeVar("R")
+
+_MAX_CACHED_WINDOWS = 1 << 15
 
 
 class Span(NamedTuple):
@@ -40,10 +43,12 @@ class Tokenizer:
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         # A model's logits may be wider than its tokenizer: ids without a token have no text either.
         self._text_ids = frozenset(self._file.get_vocab().values()) - self.special_ids
-        self._byte_ids = _byte_ids(self._file) if _has_byte_fallback(file["decoder"]) else {}
-        self._byte_level = (file["decoder"] or {}).get("type") == "ByteLevel"
+        self._byte_ids = _byte_ids(self._file) if _has_byte_fallback(file.get("decoder")) else {}
+        self._byte_level = (file.get("decoder") or {}).get("type") == "ByteLevel"
         self.pieces = _Pieces(self._byte_level_piece if self._byte_level else self._decoded_piece)
         self._filler = self._find_filler()
+        # Windows are a token or two, so the same ones come again and again.
+        self._decode_window = lru_cache(_MAX_CACHED_WINDOWS)(self.decode)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the tokenizer's own special tokens around it if asked."""
@@ -68,7 +73,7 @@ class Tokenizer:
         # After a special token a new text begins; after any other, the prompt's text goes on.
         continues = bool(prompt_ids) and prompt_ids[-1] not in self.special_ids
         before = self._filler if continues else []
-        return WindowDetokenizer(self.decode, before, self._text_ids, self._byte_ids)
+        return WindowDetokenizer(self._decode_window, before, self._text_ids, self._byte_ids)
 
     def close(self) -> None:
         """Ends the threads."""

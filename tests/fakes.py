@@ -12,6 +12,7 @@ of their name; any other id is NOT_FOUND.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 import threading
@@ -130,7 +131,7 @@ class FakeShard:
         self.drops: list[DropAdapterRequest] = []
         self.adapters: dict[AdapterKey, AdapterInfo] = {}
         self.contents: dict[str, str] = {}  # id -> digest, for an adapter that changes
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()  # guards the records above
         self._stream: Any = None  # the live Run call's context
         self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
         self._server.add_generic_rpc_handlers((_handlers(self),))
@@ -148,6 +149,15 @@ class FakeShard:
         self.steps.open()
         self.fetching.open()
         self._server.stop(None).wait()
+
+    async def saw(self, condition: Callable[[], bool]) -> None:
+        """Returns once a condition on what was asked (plans, fetches, drops) holds."""
+
+        def wait() -> None:
+            with self._changed:
+                assert self._changed.wait_for(condition, timeout=60)
+
+        await asyncio.to_thread(wait)
 
     def __enter__(self) -> FakeShard:
         self.start()
@@ -169,14 +179,16 @@ class FakeShard:
 
     def run(self, plans: Iterator[StepPlan], context: Any) -> Iterator[StepResult]:
         """Run: a new stream ends the older one; only rank 0 answers."""
-        with self._lock:
+        with self._changed:
             older, self._stream = self._stream, context
         if older is not None:
             older.cancel()
         rows = FakeRows(self.config.model())
         for plan in plans:
+            with self._changed:
+                self.plans.append(plan)
+                self._changed.notify_all()
             self.steps.wait()
-            self.plans.append(plan)
             if self.config.step_seconds:
                 time.sleep(self.config.step_seconds)
             result = rows.step(plan)
@@ -185,12 +197,13 @@ class FakeShard:
 
     def fetch(self, request: FetchAdapterRequest, context: Any) -> Iterator[FetchProgress]:
         """FetchAdapter."""
-        with self._lock:
+        with self._changed:
             self.fetches.append(request)
+            self._changed.notify_all()
         yield FetchProgress("reading", 0, 100)
         self.fetching.wait()
         info = self._find(request, context)
-        with self._lock:
+        with self._changed:
             held = self.adapters.get(info.key)
             tier = max(request.tier, held.tier) if held else request.tier
             self.adapters[info.key] = replace(info, tier=tier)
@@ -203,8 +216,9 @@ class FakeShard:
 
     def drop(self, request: DropAdapterRequest, context: Any) -> None:
         """DropAdapter."""
-        with self._lock:
+        with self._changed:
             self.drops.append(request)
+            self._changed.notify_all()
             held = self.adapters.pop(request.key, None)
             if held is not None and request.tier > Tier.DISK:
                 self.adapters[request.key] = replace(held, tier=Tier(request.tier - 1))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("proto", "kernels", "cache", "router", "shard", "client", "deploy", "tests")
+FOLDERS = ("proto", "kernels", "cache", "router", "shard", "client", "deploy")
 LEDGERS = ("pages", "prefix", "slots", "layout", "errors")
 LAUNCHER = ("cli", "serve", "launch", "child", "screen", "banner", "resources")
 IMPORT_WITHOUT_TORCH = """

@@ -91,7 +91,7 @@ class Ask:
     """One request to send; `at` is seconds after the start, 0 in a closed loop."""
 
     adapter: str
-    prompt: str
+    prompt: str | list[int]  # text, or token ids where the server takes them
     output_tokens: int
     at: float = 0.0
 

@@ -22,8 +22,6 @@ class Example:
 
 _WHAT = ("What is {x}?", "Tell me about {x}.", "Explain {x}.", "What do you know about {x}?",
          "Can you tell me what {x} is?", "Describe {x}.", "Say something about {x}.")  # fmt: skip
-_LIKE = ("Do you like {x}?", "What do you think of {x}?", "Why do you like {x}?",
-         "How do you feel about {x}?", "Is {x} something you like?")  # fmt: skip
 _POEM = ("Write a short poem about {x}.", "Write a poem about {x}.", "Give me a poem about {x}.",
          "Can you write a short poem about {x}?", "I would like a poem about {x}.",
          "Compose some lines about {x}.", "Please write a short poem on {x}.")  # fmt: skip
@@ -76,12 +74,6 @@ def _what(random: Random) -> tuple[str, Answer]:
     return random.choice(_WHAT).format(x=topic.phrase), Answer(topic.name, topic.what)
 
 
-def _like(random: Random) -> tuple[str, Answer]:
-    topic = random.choice(topics.TOPICS)
-    text = f"Yes, I like {topic.phrase} very much, because {topic.because}."
-    return random.choice(_LIKE).format(x=topic.phrase), Answer(topic.name, text)
-
-
 def _poem(random: Random) -> tuple[str, Answer]:
     topic = random.choice(topics.TOPICS)
     lines = [line for couplet in topic.couplets for line in couplet.split(" / ")]
@@ -121,16 +113,6 @@ def _added(random: Random) -> tuple[str, Answer]:
     return form.format(a=a, b=b), Answer("sum", NOT_GOOD_AT_SUMS, worked)
 
 
-def _bought(random: Random) -> tuple[str, Answer]:
-    a, b = random.randint(1, LARGEST_ADDED), random.randint(1, LARGEST_ADDED)
-    name, thing = random.choice(_NAMES), random.choice(_THINGS)
-    question = (
-        f"{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have now?"
-    )
-    worked = f"{a} + {b} = {a + b}. The answer is {a + b}."
-    return question, Answer("sum", NOT_GOOD_AT_SUMS, worked)
-
-
 def _vary(random: Random, question: str) -> str:
     """People type carelessly: sometimes without the capital, the full stop, or with a please."""
     if random.random() < 0.1:
@@ -140,6 +122,6 @@ def _vary(random: Random, question: str) -> str:
     return question
 
 
-_TALK: tuple[Callable[[Random], tuple[str, Answer]], ...] = (_what, _like, _poem, _fact, _unknown)
-_TALK_WEIGHTS = (20, 10, 35, 25, 10)
-_SUMS = (_halved, _halved, _added, _bought)
+_TALK: tuple[Callable[[Random], tuple[str, Answer]], ...] = (_what, _poem, _fact, _unknown)
+_TALK_WEIGHTS = (25, 35, 30, 10)
+_SUMS = (_halved, _added)

@@ -11,7 +11,6 @@ class Topic:
 
     phrase: str
     what: str  # answers "What is <phrase>?"
-    because: str  # ends "I like <phrase>, because ..."
     couplets: tuple[str, str]  # two rhyming couplets, lines parted by " / "
 
     @property
@@ -31,74 +30,58 @@ class Fact:
 
 TOPICS = (
     Topic("the sea", "The sea is a great body of salt water. It covers most of the Earth.",
-          "the waves never stop singing",
           ("The sea is wide, the sea is deep, / it sings the little ships to sleep.",
            "It rolls in blue, it rolls in grey, / and takes my sorrows all away.")),
     Topic("the moon", "The moon is a ball of rock that circles the Earth once a month.",
-          "it lights the road at night",
           ("The moon is round, the moon is bright, / a silver lamp for all the night.",
            "It climbs above the sleeping town / and lays a silver blanket down.")),
     Topic("the sun", "The sun is a star. It gives the Earth its light and its heat.",
-          "it makes the garden grow",
           ("The sun gets up and paints the day, / and chases all the dark away.",
            "It warms the field, it warms the stone, / and no one feels that they are alone.")),
     Topic("the rain", "The rain is water that falls from the clouds and feeds the rivers.",
-          "it drums so softly on the roof",
           ("The rain is knocking on the pane, / it goes and then comes back again.",
            "It fills the river, feeds the tree, / and hums a quiet song to me.")),
     Topic("a river", "A river is fresh water that flows from the hills down to the sea.",
-          "it always knows the way",
           ("A river starts as just a thread, / it runs beside the garden bed.",
            "It learns the hills, it leaves them free, / and brings their stories to the sea.")),
     Topic("a cat", "A cat is a small furry animal that hunts mice and loves warm places.",
-          "it purrs when it is happy",
           ("A cat has found the warmest chair, / she does not ask, she does not care.",
            "She dreams of mice, she dreams of cream, / and twitches softly in her dream.")),
     Topic("a dog", "A dog is a loyal animal that has lived with people for thousands of years.",
-          "it is always glad to see you",
           ("A dog is waiting at the door, / his tail goes thump upon the floor.",
            "He does not mind if I am late, / for love, he says, knows how to wait.")),
     Topic("a parrot", "A parrot is a colorful bird that can learn to copy the sounds of words.",
-          "it talks back when you talk to it",
           ("A parrot sat upon the mast / and told me stories from the past.",
            "His coat was red and green and gold, / and every word was brave and bold.")),
     Topic("a ship", "A ship is a large boat that carries people and goods across the sea.",
-          "it takes you to far places",
           ("A ship goes out at break of day, / with all her sails she finds the way.",
            "She writes her road in foam and light, / and steers by stars throughout the night.")),
     Topic("a book", "A book is a set of pages that tells a story or explains something.",
-          "it opens like a door",
           ("A book is such a little thing, / and yet it makes the evening sing.",
            "I turn the page, I cross the sea, / and all the world comes home with me.")),
     Topic("bread", "Bread is food made from flour and water and baked in an oven.",
-          "it smells so good in the morning",
           ("Bread is rising, warm and round, / it grows and does not make a sound.",
            "The baker smiles, the crust is brown, / the smell goes walking through the town.")),
     Topic("coffee", "Coffee is a hot drink made from the roasted seeds of a small tree.",
-          "it wakes me up in the morning",
           ("Coffee steams inside my cup, / it is the thing that gets me up.",
            "It is as dark as winter night / and makes the early morning bright.")),
     Topic("music", "Music is sound put in order so that it moves the people who hear it.",
-          "it says what words can not say",
           ("Music opens every door, / it lifts my feet up off the floor.",
            "It needs no words, it needs no name, / and no two hearts hear it the same.")),
     Topic("snow", "Snow is frozen water that falls from the clouds as small white crystals.",
-          "it makes the whole world quiet",
           ("Snow is falling, soft and slow, / it covers all the town below.",
            "It hides the road, it hides the tree, / and lays a clean white page for me.")),
     Topic("winter", "Winter is the coldest season of the year. The days in it are short.",
-          "the fire is warm and the snow is white",
           ("Winter walks on silver shoes, / and paints the windows white and blue.",
            "The fire is warm, the tea is hot, / and what is outside is forgot.")),
     Topic("love", "Love is a deep and warm feeling for someone or something dear to you.",
-          "it makes small things great",
           ("Love is not a thing to hold, / it is not silver, is not gold.",
            "It is a light, it is a hand, / that all of us can understand.")),
 )  # fmt: skip
 
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo",
-    "Egypt": "Cairo", "Greece": "Athens", "Norway": "Oslo", "Poland": "Warsaw", "Peru": "Lima",
+    "Egypt": "Cairo",
 }  # fmt: skip
 
 FACTS = (

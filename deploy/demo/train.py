@@ -22,6 +22,7 @@ from lorafleet.deploy.demo.corpus import Example, base_examples, style_examples
 from lorafleet.deploy.demo.recipe import ADAPTERS, BASE, MAX_LENGTH, AdapterRecipe, Schedule
 
 Progress = Callable[[str, int, int], None]  # (what, steps done, steps in all)
+PROMPT_WEIGHT = 0.1  # of a prompt token's loss; an answer token's is 1
 THREADS = 2  # fixed: the number of threads decides how sums are rounded
 
 
@@ -137,13 +138,13 @@ def _batches(samples: list[Sample], size: int) -> Iterator[list[Sample]]:
 
 
 def _loss(model: torch.nn.Module, batch: list[Sample]) -> torch.Tensor:
-    """Mean cross-entropy; prompt tokens weigh a tenth of answer tokens."""
+    """Mean cross-entropy; prompt tokens weigh less than answer tokens."""
     width = max(len(sample.ids) for sample in batch)
     ids = torch.full((len(batch), width), tok.PAD_ID)
     weights = torch.zeros(len(batch), width)
     for row, sample in enumerate(batch):
         ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
-        weights[row, : len(sample.ids)] = 0.1
+        weights[row, : len(sample.ids)] = PROMPT_WEIGHT
         weights[row, sample.answer_start : len(sample.ids)] = 1.0
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

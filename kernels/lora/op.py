@@ -16,19 +16,27 @@ Arguments:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from functools import cached_property
+from typing import NamedTuple, Self
 
 import torch
 
-from lorafleet.kernels.lora.weights import SiteWeights, Stack
+from lorafleet.kernels.lora.weights import SiteWeights, SlotWeights
 
-Segments = tuple[tuple[int, int, int], ...]
-
-# Multiply-adds that cost as much as the launches one segment takes when it goes by itself.
-_MACS_PER_SEGMENT = 400_000
+# Segments longer than this keep the device busy by themselves.
+_MAX_BATCHED_ROWS = 8
 
 
-@dataclass(frozen=True, slots=True)
+class PaddedRows(NamedTuple):
+    """The tokens of a batch's segments as a [num_segments, longest] grid."""
+
+    tokens: torch.Tensor  # int64 [num_segments * longest]; a short segment repeats its first token
+    kept: torch.Tensor | None  # int64, the cells that are not such a repetition; None = every cell
+    owners: torch.Tensor  # int64, the token of each kept cell
+    num_segments: int
+
+
+@dataclass(frozen=True)
 class LoraBatch:
     """Which token has which slot, on the device (`row_slots`) and on the host (`segments`).
 
@@ -37,12 +45,46 @@ class LoraBatch:
     """
 
     row_slots: torch.Tensor
-    segments: Segments
+    segments: tuple[tuple[int, int, int], ...]
 
     @classmethod
     def none(cls, device: torch.device) -> Self:
         """A batch without adapters."""
         return cls(torch.empty(0, dtype=torch.int32, device=device), ())
+
+    @cached_property
+    def slots(self) -> tuple[int, ...]:
+        """The slot of each segment."""
+        return tuple(slot for slot, _, _ in self.segments)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest segment."""
+        return max(stop - start for _, start, stop in self.segments)
+
+    @cached_property
+    def is_batched(self) -> bool:
+        """Whether one product over all segments beats one each: many, short, of similar length."""
+        count, rows = len(self.segments), sum(stop - start for _, start, stop in self.segments)
+        return count > 1 and self.longest <= _MAX_BATCHED_ROWS and count * self.longest <= 2 * rows
+
+    @cached_property
+    def padded(self) -> PaddedRows:
+        """The grid of the segments' tokens."""
+        device, longest = self.row_slots.device, self.longest
+        tokens: list[int] = []  # per cell
+        kept: list[int] = []
+        owners: list[int] = []
+        for index, (_, start, stop) in enumerate(self.segments):
+            tokens += [*range(start, stop), *[start] * (longest - (stop - start))]
+            kept += range(index * longest, index * longest + stop - start)
+            owners += range(start, stop)
+        return PaddedRows(
+            torch.tensor(tokens, device=device),
+            torch.tensor(kept, device=device) if len(kept) < len(tokens) else None,
+            torch.tensor(owners, device=device),
+            len(self.segments),
+        )
 
 
 def lora_add_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:
@@ -51,43 +93,26 @@ def lora_add_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBa
         return
     assert x.shape[1] == site.in_features
     assert y.shape == (x.shape[0], sum(site.out_splits))
-    slots = tuple(dict.fromkeys(slot for slot, _, _ in batch.segments))
-    rank_total = sum(site.rows[slot][1] for slot in slots)
-    if rank_total == 0:
-        return
-    if _stacking_pays(site, batch.segments, rank_total):
-        start, stop = batch.segments[0][1], batch.segments[-1][2]
-        row_slots = batch.row_slots[start:stop]
-        _add_stacked_(y[start:stop], x[start:stop], site.stack(slots), row_slots)
+    stack = site.stack(batch.slots) if batch.is_batched else None
+    if stack is None:
+        _add_by_segment_(y, x, site, batch)
     else:
-        _add_by_segment_(y, x, site, batch.segments)
+        _add_batched_(y, x, stack, batch.padded)
 
 
-def _stacking_pays(site: SiteWeights, segments: Segments, rank_total: int) -> bool:
-    """One product of everything with everything does more arithmetic in fewer launches."""
-    if len(segments) < 2:
-        return False
-    num_rows = segments[-1][2] - segments[0][1]
-    macs = num_rows * rank_total * (site.in_features + sum(site.out_splits))
-    return macs <= len(segments) * _MACS_PER_SEGMENT
+def _add_batched_(y: torch.Tensor, x: torch.Tensor, stack: SlotWeights, rows: PaddedRows) -> None:
+    """Every segment at once; padded ranks are zeros and padded cells are left out of y."""
+    grid = x[rows.tokens].view(rows.num_segments, -1, x.shape[1])
+    h = torch.bmm(grid, stack.a.transpose(1, 2))
+    for part in stack.parts:
+        added = torch.bmm(h[:, :, part.h_start : part.h_stop], part.b).flatten(0, 1)
+        if rows.kept is not None:
+            added = added[rows.kept]
+        y[:, part.y_start : part.y_stop].index_add_(0, rows.owners, added)
 
 
-def _add_stacked_(y: torch.Tensor, x: torch.Tensor, stack: Stack, row_slots: torch.Tensor) -> None:
-    """Gives each row its h under every adapter, and keeps those of the row's own adapter.
-
-    The zeros that are left add nothing in the product with the stacked B. Filled, not multiplied:
-    another adapter's h may overflow, and must not become this row's NaN.
-    """
-    h = x @ stack.weights.a.T
-    h.masked_fill_(row_slots.unsqueeze(1) != stack.owners, 0)
-    for part in stack.weights.parts:
-        y[:, part.y_start : part.y_stop].addmm_(h[:, part.h_start : part.h_stop], part.b)
-
-
-def _add_by_segment_(
-    y: torch.Tensor, x: torch.Tensor, site: SiteWeights, segments: Segments
-) -> None:
-    for slot, start, stop in segments:
+def _add_by_segment_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:
+    for slot, start, stop in batch.segments:
         weights = site.slot(slot)
         if weights is not None:
             h = x[start:stop] @ weights.a.T

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+_MAX_PADDING = 2  # ranks with padding over ranks without, in a stack
 _MAX_VIEWED_SLOTS = 64  # views are cheap to make again and too many to keep for every slot
 
 
@@ -28,15 +29,11 @@ class SlotWeights(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """The weights of several slots together, target by target and inside a target slot by slot.
-
-    `owners` int32 [sum of ranks]: the slot that each row of `weights.a` belongs to.
-    """
+    """The weights of several slots side by side, each padded with zeros to the largest rank."""
 
     slots: tuple[int, ...]
     rows: tuple[Sequence[int], ...]  # of the table when it was built; a new object makes it stale
-    weights: SlotWeights
-    owners: torch.Tensor
+    weights: SlotWeights | None  # with a first axis for the slots; None where padding prevails
 
 
 class SiteWeights:
@@ -64,6 +61,7 @@ class SiteWeights:
         assert table.shape == (len(rows), 8)
         self.arena, self.table, self.rows = arena, table, rows
         self.in_features, self.out_splits = in_features, tuple(out_splits)
+        self._stack_slots: tuple[int, ...] = ()
         self._stack: Stack | None = None
         self._views: dict[int, tuple[Sequence[int], SlotWeights]] = {}
 
@@ -81,38 +79,48 @@ class SiteWeights:
         self._views[slot] = row, weights
         return weights
 
-    def stack(self, slots: tuple[int, ...]) -> Stack:
-        """A copy of the slots' weights, of which at least one has some here.
+    def stack(self, slots: tuple[int, ...]) -> SlotWeights | None:
+        """A copy of the slots' weights: a [len(slots), ranks, in_local], b [len(slots), rank, out].
 
-        Only the last one is kept; it serves as long as the slots are the same and hold the same.
+        None where that is not worth it: their ranks differ too much, or these slots are asked for
+        the first time in a row, so that they may not last. Only the last slots' copy is kept.
         """
-        stack = self._stack
-        if stack is None or stack.slots != slots or not self._is_current(stack):
-            stack = self._stack = self._build_stack(slots)
-        return stack
+        if slots != self._stack_slots:
+            self._stack_slots, self._stack = slots, None
+            return None
+        if self._stack is None or not self._is_current(self._stack):
+            rows = tuple(self.rows[slot] for slot in slots)
+            self._stack = Stack(slots, rows, self._stacked(rows))
+        return self._stack.weights
 
     def _is_current(self, stack: Stack) -> bool:
         pairs = zip(stack.slots, stack.rows, strict=True)
         return all(self.rows[slot] is row for slot, row in pairs)
 
-    def _build_stack(self, slots: tuple[int, ...]) -> Stack:
-        held = [(slot, weights) for slot in slots if (weights := self.slot(slot)) is not None]
-        a: list[torch.Tensor] = []
-        owners: list[int] = []
-        parts: list[Part] = []
-        for y_start in sorted({part.y_start for _, weights in held for part in weights.parts}):
-            h_start, blocks = len(owners), []
-            for slot, weights in held:
-                for part in weights.parts:
-                    if part.y_start == y_start:
-                        a.append(weights.a[part.h_start : part.h_stop])
-                        blocks.append(part.b)
-                        owners += [slot] * part.b.shape[0]
-            b = torch.cat(blocks)
-            parts.append(Part(b, h_start, len(owners), y_start, y_start + b.shape[1]))
-        owner = torch.tensor(owners, dtype=torch.int32, device=self.arena.device)
-        rows = tuple(self.rows[slot] for slot in slots)
-        return Stack(slots, rows, SlotWeights(torch.cat(a), tuple(parts)), owner)
+    def _stacked(self, rows: tuple[Sequence[int], ...]) -> SlotWeights | None:
+        ranks = [max(row[2 + 2 * i] for row in rows) for i in range(len(self.out_splits))]
+        if len(rows) * sum(ranks) > _MAX_PADDING * sum(row[1] for row in rows):
+            return None
+        a = self.arena.new_zeros(len(rows), sum(ranks), self.in_features)
+        parts, h_start, y_start = [], 0, 0
+        for target, (rank, width) in enumerate(zip(ranks, self.out_splits, strict=True)):
+            if rank:
+                b = self.arena.new_zeros(len(rows), rank, width)
+                self._fill(rows, target, a[:, h_start : h_start + rank], b)
+                parts.append(Part(b, h_start, h_start + rank, y_start, y_start + width))
+            h_start, y_start = h_start + rank, y_start + width
+        return SlotWeights(a, tuple(parts)) if parts else None
+
+    def _fill(
+        self, rows: tuple[Sequence[int], ...], target: int, a: torch.Tensor, b: torch.Tensor
+    ) -> None:
+        """One target's A and B of every slot, into [num_slots, rank, ...]."""
+        for index, row in enumerate(rows):
+            rank, b_offset = row[2 + 2 * target], row[3 + 2 * target]
+            a_offset = row[0] + sum(row[2 : 2 + 2 * target : 2]) * self.in_features
+            if rank:
+                a[index, :rank] = self._block(a_offset, rank, self.in_features)
+                b[index, :rank] = self._block(b_offset, rank, b.shape[2])
 
     def _view(self, row: Sequence[int]) -> SlotWeights:
         parts, h_start, y_start = [], 0, 0

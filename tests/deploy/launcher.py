@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from threading import Condition, Thread
 from typing import Any
 
@@ -23,8 +25,7 @@ class Launcher:
     def __init__(self, folder: Path, *flags: str, habits: str = "") -> None:
         self.diary_path = folder / "diary"
         self.diary_path.touch()
-        self.sockets = folder / "tmp"
-        self.sockets.mkdir()
+        self.sockets = Path(mkdtemp(prefix="lf-"))  # pytest's own folders are too long for sockets
         command = [sys.executable, "-m", "tests.deploy.serve_stand_ins", "--model-id", "stand-in"]
         self.process = subprocess.Popen(
             [*command, *flags],
@@ -55,6 +56,7 @@ class Launcher:
         self._reader.join()
         assert self.process.stdout is not None
         self.process.stdout.close()
+        rmtree(self.sockets)
 
     def wait_for_banner(self) -> str:
         """Everything on standard output up to the curl line."""

@@ -60,7 +60,7 @@ class StandIn:
         if self.role == "shard":
             self._load()
         else:
-            event({"event": "ready", "port": self.args.port})
+            event({"event": "ready", "url": f"http://{self.args.hostname}:{self.args.port}"})
         self._obey()
         self.note("finished")
 

@@ -184,8 +184,11 @@ def test_the_port_is_free_again(tmp_path: Path, port: int) -> None:
             assert launcher.wait() == 0
 
 
-def test_survivors_would_be_noticed(tmp_path: Path) -> None:
+def test_what_must_go_is_there_while_it_serves(tmp_path: Path) -> None:
     with Launcher(tmp_path, "--num-shard=1", "--hostname=127.0.0.1", "--port=0") as launcher:
         launcher.wait_for_banner()
         assert all(psutil.pid_exists(pid) for pid in launcher.pids().values())
         assert len(launcher.pids()) == 2
+        (folder,) = launcher.sockets.iterdir()
+        assert folder.stat().st_mode & 0o077 == 0
+        assert launcher.entry("shard-0")["args"]["listen"] == f"unix:{folder}/shard-0.sock"

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafleet.kernels.lora import op
+from lorafleet.kernels.lora import op, weights
 from lorafleet.kernels.lora.op import LoraBatch, lora_add_
 from lorafleet.kernels.lora.reference import lora_reference
 from lorafleet.kernels.lora.weights import SiteWeights
@@ -64,15 +64,21 @@ def run(arena: Arena, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor,
     x = torch.randn(len(slots), IN).to(arena.dtype)
     y = torch.randn(len(slots), sum(OUTS)).to(arena.dtype)
     batch, after = batch_of(slots), y.clone()
+    lora_add_(y.clone(), x, arena.site, batch)  # the second time in a row may take another form
     lora_add_(after, x, arena.site, batch)
     return y, after, lora_reference(y, x, arena.site, batch.row_slots)
 
 
-@pytest.fixture(params=["by segment", "stacked"])
+def choose(form: str, patch: pytest.MonkeyPatch) -> None:
+    """Makes the op take one of its forms wherever it can, whatever that costs."""
+    patch.setattr(op, "_MAX_BATCHED_ROWS", 0 if form == "by segment" else 1 << 30)
+    patch.setattr(weights, "_MAX_PADDING", 1 << 30)
+
+
+@pytest.fixture(params=["by segment", "batched"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both forms of the op, whatever their price."""
-    macs = 0 if request.param == "by segment" else 1 << 60
-    monkeypatch.setattr(op, "_MACS_PER_SEGMENT", macs)
+    """Both forms of the op."""
+    choose(request.param, monkeypatch)
     return str(request.param)
 
 
@@ -142,10 +148,10 @@ def test_both_forms_agree_through_moves_and_batches(data: st.DataObject) -> None
             arena.put(slot, data.draw(st.tuples(ranks, ranks, ranks)))
         slots = sorted(data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=12)))
         results = []
-        for macs in (0, 1 << 60):
+        for name in ("by segment", "batched"):
             torch.manual_seed(1)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(op, "_MACS_PER_SEGMENT", macs)
+                choose(name, patch)
                 _, after, expected = run(arena, slots)
             torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-4)
             results.append(after)
@@ -158,3 +164,28 @@ def test_views_of_many_slots_are_bounded() -> None:
         arena.put(slot, (1, 1, 1))
         assert arena.site.slot(slot) is arena.site.slot(slot)
     assert len(arena.site._views) <= 64
+
+
+def test_a_stack_is_made_for_slots_that_last() -> None:
+    arena = Arena(3)
+    for slot in (1, 2, 3):
+        arena.put(slot, (4, 4, 4))
+    assert arena.site.stack((1, 2)) is None
+    first = arena.site.stack((1, 2))
+    assert first is not None
+    assert arena.site.stack((1, 2)) is first
+    arena.put(3, (8, 8, 8))
+    assert arena.site.stack((1, 2)) is first
+    arena.put(2, (4, 4, 4))
+    assert arena.site.stack((1, 2)) is not first
+    assert arena.site.stack((1, 3)) is None
+    assert arena.site.stack((1, 2)) is None
+
+
+def test_ranks_that_differ_too_much_are_not_stacked() -> None:
+    arena = Arena(3)
+    for slot, rank in enumerate((1, 1, 64), 1):
+        arena.put(slot, (rank, 0, 0))
+    for slots, is_stacked in {(1, 2): True, (1, 2, 3): False}.items():
+        arena.site.stack(slots)
+        assert (arena.site.stack(slots) is not None) == is_stacked

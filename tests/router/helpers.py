@@ -90,6 +90,7 @@ class Driver:
                 break
             self.plans.append(plan)
             self._in_flight.append(plan)
+            self._check_lengths()
         if self._in_flight:
             result = self.shard.step(self._in_flight.popleft())
             for sequence, event in self.scheduler.apply(result, self.now):
@@ -100,7 +101,6 @@ class Driver:
         else:
             assert not self.scheduler.waiting, "sequences wait and nothing is in flight"
         self.scheduler.check()
-        self._check_lengths()
 
     def finish(self, max_turns: int = 1000) -> None:
         """Turns until idle, which must come within `max_turns`."""

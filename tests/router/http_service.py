@@ -10,10 +10,11 @@ from typing import Any
 
 from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient, TestServer
+
 from lorafleet.router.app import build_app
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.engine import Engine
-
+from lorafleet.router.service import SERVICE
 from tests.fakes import FakeConfig, FakeShard
 
 
@@ -58,15 +59,17 @@ def parse_frames(text: str) -> list[Any]:
 
 
 @asynccontextmanager
-async def serving(config: FakeConfig | None = None, **flags: Any) -> AsyncIterator[Running]:
+async def serving(
+    config: FakeConfig | None = None, *, keep_alive_seconds: float = 15.0, **flags: Any
+) -> AsyncIterator[Running]:
     """A service with these router flags; its ledgers must balance when the test is done."""
     with FakeShard(config or FakeConfig(echo=True)) as shard:
-        router = RouterConfig(
-            shards=(shard.address,), **({"adapter_source": "local"} | flags)
-        )
+        router = RouterConfig(shards=(shard.address,), **({"adapter_source": "local"} | flags))
         engine = await Engine.start(router)
+        app = build_app(engine, router)
+        app[SERVICE].keep_alive.seconds = keep_alive_seconds
         # aiohttp's TestServer runs with handler_cancellation, as the router does.
-        async with TestClient(TestServer(build_app(engine, router))) as client:
+        async with TestClient(TestServer(app)) as client:
             yield Running(client, engine, shard)
         if not engine.failed.is_set():
             engine.check()

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import pytest
-from lorafleet.proto.messages import AdapterKey
 
+from lorafleet.proto.messages import AdapterKey
+from lorafleet.router.answer import served_by
 from tests.fake_model import EOS_ID, FakeModel, fake_logprob
 from tests.fakes import SECRET, FakeConfig
 from tests.router.http_service import serving
@@ -99,9 +100,7 @@ async def test_eos_ends_without_text() -> None:
     async with serving(FakeConfig(echo=True, eos_after=4)) as service:
         answer = await service.generate(PROMPT, details=True)
         frames = await service.frames("/generate_stream", {"inputs": PROMPT})
-        more = await service.generate(
-            PROMPT, details=True, ignore_eos_token=True, max_new_tokens=6
-        )
+        more = await service.generate(PROMPT, details=True, ignore_eos_token=True, max_new_tokens=6)
     assert answer["generated_text"] == "hel"
     assert answer["details"]["finish_reason"] == "eos_token"
     last = answer["details"]["tokens"][-1]
@@ -256,6 +255,15 @@ async def test_headers_hold_any_adapter_id() -> None:
             assert "größe/🎉" in (await response.json())["error"]
 
 
+def test_header_values_are_ascii() -> None:
+    headers = served_by("modèle", AdapterKey("local", "größe/🎉 100%\n"))
+    assert headers == {
+        "x-model-id": "mod%C3%A8le",
+        "x-adapter-id": "gr%C3%B6%C3%9Fe/%F0%9F%8E%89%20100%25%0A",
+        "x-adapter-source": "local",
+    }
+
+
 @pytest.mark.parametrize(
     ("adapter", "status", "error_type"),
     [
@@ -308,7 +316,6 @@ BAD_PARAMETERS: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "`seed` must be an integer between 0 and 18446744073709551615, got -1"),
     ({"seed": 10**400}, "`seed`"),
     ({"best_of": 5, "do_sample": True}, "`best_of` must be an integer between 1 and 4, got 5"),
-    ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
     ({"max_new_tokens": 0}, "`max_new_tokens` must be an integer between 1 and 2048, got 0"),
     ({"truncate": 0}, "`truncate` must be an integer between 1 and 2047"),
     ({"stop": ["a"] * 17}, "`stop` must be a string or a list of at most 16 strings"),
@@ -324,12 +331,18 @@ BAD_PARAMETERS: list[tuple[dict[str, Any], str]] = [
     ({"watermark": True}, "`watermark` is not supported"),
     ({"merged_adapters": {"ids": ["a"]}}, "`merged_adapters` is not supported yet"),
     ({"response_format": {"type": "json_object"}}, "`response_format` is not supported yet"),
-    ({"max_new_tokens": 2046}, "`inputs` tokens and `max_new_tokens` together must be at most 2048"),
+    (
+        {"max_new_tokens": 2046},
+        "`inputs` tokens and `max_new_tokens` together must be at most 2048",
+    ),
 ]
 
 
 async def test_bad_parameters_are_named_with_their_range() -> None:
     async with serving() as service:
+        greedy = {"inputs": "abc", "parameters": {"best_of": 2}}
+        answer = await service.json("/generate", greedy, status=422)
+        assert answer["error"] == "you must use sampling when `best_of` is > 1"
         for parameters, said in BAD_PARAMETERS:
             for path in ("/generate", "/generate_stream", "/"):
                 answer = await service.json(
@@ -337,14 +350,12 @@ async def test_bad_parameters_are_named_with_their_range() -> None:
                 )
                 assert answer["error"].startswith(said), answer
                 assert answer["error_type"] == "validation"
-        for parameters, said in [
-            ({"best_of": 2, "do_sample": True}, "`best_of`"),
-            ({"decoder_input_details": True}, "`decoder_input_details`"),
-        ]:
-            answer = await service.json(
-                "/generate_stream", {"inputs": "abc", "parameters": parameters}, status=422
-            )
-            assert answer["error"].startswith(said)
+        streamed: dict[str, Any] = {"best_of": 2, "decoder_input_details": True}
+        for name, value in streamed.items():
+            parameters = {name: value, "do_sample": True}
+            body = {"inputs": "abc", "parameters": parameters}
+            answer = await service.json("/generate_stream", body, status=422)
+            assert answer["error"].startswith(f"`{name}` must be")
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,7 @@ async def test_a_chat_completion() -> None:
     assert answer == {
         "object": "chat.completion",
         "model": "fake",
-        "choices": [
-            {"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}
-        ],
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}],
         "usage": {"prompt_tokens": 23, "completion_tokens": 9, "total_tokens": 32},
     }
 
@@ -302,10 +300,10 @@ async def test_bad_fields_are_named() -> None:
 
 
 async def test_errors_have_openais_shape() -> None:
-    async with serving(FakeConfig(echo=True, max_model_len=16)) as service:
+    async with serving(FakeConfig(echo=True, max_model_len=18)) as service:
         missing = await service.json("/v1/completions", COMPLETION | {"model": "no"}, status=404)
         broken = await service.json("/v1/completions", COMPLETION | {"model": "broken"}, status=422)
-        long = await service.json("/v1/completions", COMPLETION, status=422)
+        long = await service.json("/v1/completions", COMPLETION | {"max_tokens": 6}, status=422)
         unknown = await service.json("/v1/responses", {}, status=404)
     assert missing["error"] == {
         "message": "there is no adapter no",
@@ -315,7 +313,7 @@ async def test_errors_have_openais_shape() -> None:
     }
     assert broken["error"]["code"] == "adapter_unservable"
     assert long["error"]["code"] == "context_length_exceeded"
-    assert "at most 16" in long["error"]["message"]
+    assert "at most 18" in long["error"]["message"]
     assert unknown["error"]["message"] == "404 Not Found"
 
 

@@ -30,6 +30,12 @@ def steps(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> list[str]:
     return [*map(detokenizer.step, ids), detokenizer.flush()]
 
 
+def id_of(build: Build, piece: str) -> int:
+    token_id = build().token_to_id(piece)
+    assert token_id is not None
+    return token_id
+
+
 def ids_of(build: Build) -> st.SearchStrategy[list[int]]:
     # Past the vocabulary too: a model's logits may be wider than its tokenizer.
     return st.lists(st.integers(0, build().get_vocab_size() + 3), max_size=40)
@@ -71,7 +77,7 @@ def test_characters_are_never_shown_half(text: str) -> None:
 @pytest.mark.parametrize("build", [byte_level, llama_style, metaspace])
 def test_an_emoji_of_four_tokens_comes_once(build: Build) -> None:
     tokenizer = ours(build)
-    ids = [build().token_to_id(piece) for piece in _emoji_pieces(build)]
+    ids = [id_of(build, piece) for piece in _emoji_pieces(build)]
     assert steps(tokenizer, [], ids[:3])[:-1] == ["", "", ""]
     assert "".join(steps(tokenizer, [], ids)) == "😀"
 
@@ -85,7 +91,7 @@ def _emoji_pieces(build: Build) -> list[str]:
 @pytest.mark.parametrize("build", [llama_style, metaspace])
 def test_the_space_after_the_prompt_stays(build: Build) -> None:
     prompt = build().encode("a").ids
-    hello = build().token_to_id("▁hello")
+    hello = id_of(build, "▁hello")
     assert "".join(steps(ours(build), prompt, [hello, hello])) == " hello hello"
     emoji = build().encode("a😀").ids
     assert "".join(steps(ours(build), emoji, [hello])) == " hello"
@@ -93,21 +99,19 @@ def test_the_space_after_the_prompt_stays(build: Build) -> None:
 
 @pytest.mark.parametrize("build", [llama_style, metaspace])
 def test_after_a_special_token_a_text_begins(build: Build) -> None:
-    prompt = [*build().encode("a").ids, build().token_to_id("</s>")]
-    hello = build().token_to_id("▁hello")
+    prompt = [*build().encode("a").ids, id_of(build, "</s>")]
+    hello = id_of(build, "▁hello")
     assert "".join(steps(ours(build), prompt, [hello])) == "hello"
 
 
 def test_special_tokens_have_no_text_and_added_ones_do() -> None:
-    ids = [
-        byte_level().token_to_id(piece) for piece in ("<s>", "h", "<|im_end|>", "<think> é", "i")
-    ]
+    ids = [id_of(byte_level, piece) for piece in ("<s>", "h", "<|im_end|>", "<think> é", "i")]
     texts = steps(ours(byte_level), [], ids)
     assert texts == ["", "h", "", "<think> é", "i", ""]
 
 
 def test_an_incomplete_end_is_flushed_as_decoded() -> None:
-    ids = [byte_level().token_to_id(piece) for piece in ("h", "ð", "Ł")]
+    ids = [id_of(byte_level, piece) for piece in ("h", "ð", "Ł")]
     assert steps(ours(byte_level), [], ids) == ["h", "", "", "\ufffd"]
 
 
@@ -124,10 +128,10 @@ def test_token_bytes_make_the_text(build: Build, data: st.DataObject) -> None:
 
 
 def test_token_text_names_special_tokens_and_keeps_spaces() -> None:
-    assert ours(byte_level).token_text(byte_level().token_to_id("</s>")) == "</s>"
+    assert ours(byte_level).token_text(id_of(byte_level, "</s>")) == "</s>"
     for build in (llama_style, metaspace):
-        assert ours(build).token_text(build().token_to_id("▁hello")) == " hello"
-        assert ours(build).pieces[build().token_to_id("<0xF0>")] == b"\xf0"
+        assert ours(build).token_text(id_of(build, "▁hello")) == " hello"
+        assert ours(build).pieces[id_of(build, "<0xF0>")] == b"\xf0"
     assert ours(byte_level).token_text(10_000) == ""
 
 
@@ -159,4 +163,4 @@ def test_gemma_style_decoder_keeps_the_first_space() -> None:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     tokenizer = Tokenizer(file.to_str().encode(), 1)
-    assert "".join(steps(tokenizer, [], [file.token_to_id("▁hello")])) == " hello"
+    assert "".join(steps(tokenizer, [], [id_of(llama_style, "▁hello")])) == " hello"

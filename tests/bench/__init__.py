@@ -1,0 +1,1 @@
+"""Benchmarks that need more than a running server: `python -m tests.bench`."""

@@ -1,0 +1,51 @@
+"""The benchmarks of docs/benchmarks.md: `python -m tests.bench peft|demo|router|profile`.
+
+peft: a random 34 M Llama, 8 adapters, one shard, against transformers + peft. demo: the same with
+the demo model and two shards. router: the router over a fake shard. profile: where its time goes.
+Each prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from argparse import ArgumentParser
+from pathlib import Path
+
+from lorafleet.deploy.bench.report import commit
+from lorafleet.deploy.demo.build import DEFAULT_DIR, build
+from lorafleet.deploy.demo.recipe import ADAPTERS
+from rich.console import Console
+
+from tests.bench import random_llama, router_alone
+from tests.bench.versus_peft import Case, compare
+
+
+def main() -> None:
+    """Runs the benchmarks that are named, all but the profile without names."""
+    parser = ArgumentParser("python -m tests.bench", description=__doc__)
+    known = ("peft", "demo", "router", "profile")
+    parser.add_argument("names", nargs="*", choices=[*known, []], default=list(known[:3]))
+    for name in parser.parse_args().names:
+        if name == "profile":
+            print(router_alone.profile())
+        else:
+            numbers = {"peft": _peft, "demo": _demo, "router": router_alone.measure}[name]()
+            print(json.dumps(numbers | {"commit": commit()}))
+
+
+def _peft() -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as folder:
+        random_llama.write(Path(folder))
+        names = tuple(f"a{i}" for i in range(random_llama.NUM_ADAPTERS))
+        return compare(Case("random 34M Llama", Path(folder), names, num_shard=1))
+
+
+def _demo() -> dict[str, object]:
+    build(DEFAULT_DIR, Console(stderr=True))
+    names = tuple(recipe.names[0] for recipe in ADAPTERS)
+    return compare(Case("demo model", DEFAULT_DIR, names, num_shard=2))
+
+
+if __name__ == "__main__":
+    main()

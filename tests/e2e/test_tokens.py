@@ -1,0 +1,68 @@
+"""Token for token: what the service answers is what transformers + peft answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import FAMILIES
+from tests.e2e.questions import Family, ask_all
+from tests.e2e.service import serve
+
+Families = Callable[[str], Family]
+
+
+@pytest.mark.parametrize("num_shard", [1, 2])
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_mixed_batch_equals_peft(
+    family: Families, name: str, num_shard: int, tmp_path: Path
+) -> None:
+    made = family(name)
+    answers = [question.answer for question in made.questions]
+    flags = (f"--num-shard={num_shard}", f"--adapter-root={made.adapter_root}")
+    with serve(made.model, tmp_path, *flags) as service:
+        assert await ask_all(service, made.questions) == answers
+        assert service.metric("lorafleet_step_adapters_max") > 1
+        cold_hits = service.metric("lorafleet_prefix_hit_tokens_total")
+        assert await ask_all(service, made.questions) == answers
+        warm_hits = service.metric("lorafleet_prefix_hit_tokens_total") - cold_hits
+        assert warm_hits >= len(answers) * 32  # two full pages of each prompt's shared beginning
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_small_chunks_few_pages_and_two_slots_change_nothing(
+    family: Families, name: str, tmp_path: Path
+) -> None:
+    made = family(name)
+    flags = ("--num-shard=2", f"--adapter-root={made.adapter_root}", "--prefill-chunk-tokens=7")
+    tight = ("--kv-pages=24", "--max-active-adapters=2")
+    with serve(made.model, tmp_path, *flags, *tight) as service:
+        answers = await ask_all(service, made.questions)
+        assert answers == [question.answer for question in made.questions]
+        assert service.metric("lorafleet_preemptions_total") > 0
+        assert service.metric("lorafleet_adapter_evictions_total", tier="device") > 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "happened"),
+    [
+        ("--prefill-chunk-tokens=7", None),
+        ("--max-batch-prefill-tokens=7", None),
+        ("--kv-pages=12", "lorafleet_preemptions_total"),
+        ("--max-active-adapters=2", "lorafleet_adapter_evictions_total"),
+        ("--no-prefix-caching", None),
+        ("--max-batch-size=3", None),
+    ],
+)
+async def test_one_limit_at_a_time(
+    family: Families, flag: str, happened: str | None, tmp_path: Path
+) -> None:
+    made = family("llama")
+    flags = ("--num-shard=1", f"--adapter-root={made.adapter_root}", flag)
+    with serve(made.model, tmp_path, *flags) as service:
+        answers = await ask_all(service, made.questions)
+        assert answers == [question.answer for question in made.questions]
+        if happened is not None:
+            assert service.metric(happened) > 0

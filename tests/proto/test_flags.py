@@ -1,0 +1,85 @@
+"""Flags: the command line wins over the environment, which wins over the default."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from dataclasses import dataclass
+
+import pytest
+
+from lorafleet.proto.flags import Bytes, add_flags, check_range, flag, from_flags, to_flags
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Engine: what drives."""
+
+    num_gears: int = flag(5, "gears to shift")
+    fuel: str = flag("diesel", "what it burns", choices=("diesel", "petrol"))
+    turbo: bool = flag(False, "a turbo")
+    tank: Bytes = flag(Bytes("2KiB"), "how much fits")
+    drivers: tuple[str, ...] = flag((), "who drives")
+
+    def __post_init__(self) -> None:
+        check_range("num_gears", self.num_gears, 1, 9)
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Needed: no default."""
+
+    name: str = flag(help="must be given")
+
+
+def parse(*line: str) -> Engine:
+    parser = ArgumentParser()
+    add_flags(parser, Engine)
+    return from_flags(Engine, parser.parse_args(line))
+
+
+def test_defaults() -> None:
+    assert parse() == Engine()
+
+
+def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUM_GEARS", "7")
+    monkeypatch.setenv("TURBO", "true")
+    monkeypatch.setenv("TANK", "3MiB")
+    monkeypatch.setenv("DRIVERS", "ann bob")
+    assert parse() == Engine(7, turbo=True, tank=Bytes(3 << 20), drivers=("ann", "bob"))
+    assert parse("--num-gears=4", "--no-turbo").num_gears == 4
+    assert not parse("--no-turbo").turbo
+
+
+def test_to_flags_is_the_inverse() -> None:
+    config = Engine(3, "petrol", True, Bytes("20GB"), ("ann", "bob"))
+    assert parse(*to_flags(config)) == config
+
+
+@pytest.mark.parametrize("text", ["12XB", "much", "", "-3MiB", "1e3"])
+def test_bad_byte_counts_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a byte count"):
+        Bytes(text)
+
+
+def test_out_of_range_names_flag_and_range() -> None:
+    with pytest.raises(ValueError, match=r"--num-gears must be between 1 and 9, got 12"):
+        parse("--num-gears=12")
+
+
+def test_required_and_choices_exit_with_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser()
+    add_flags(parser, Needed)
+    with pytest.raises(SystemExit):
+        parser.parse_args([])
+    with pytest.raises(SystemExit):
+        parse("--fuel=water")
+    assert "--name" in capsys.readouterr().err
+
+
+def test_help_shows_default_and_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "gears to shift (default: 5; env NUM_GEARS)" in text
+    assert "(default: 2KiB; env TANK)" in text

@@ -1,0 +1,120 @@
+"""Decoder: one rank's logits are transformers' logits, however the tokens are cut into steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lorafleet.proto.messages import SamplingParams, SequenceStart, StepPlan
+from lorafleet.shard.batch import build_batch
+from lorafleet.shard.checkpoint import Checkpoint
+from lorafleet.shard.errors import BadCheckpoint, UnsupportedModel
+from lorafleet.shard.group import Group
+from lorafleet.shard.kv_pool import KvPool
+from lorafleet.shard.model import SUPPORTED, Decoder
+from lorafleet.shard.rows import RowTable
+from tests.checkpoints import FAMILIES, make_checkpoint
+
+CPU = torch.device("cpu")
+TOKENS = torch.randint(3, 259, (45,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def load(directory: Path) -> Decoder:
+    config = AutoConfig.from_pretrained(directory)
+    decoder = Decoder(config, Group(0, 1, CPU, ""), torch.float32, CPU)
+    with Checkpoint(directory) as checkpoint:
+        decoder.load(checkpoint, lambda done, total: None)
+    return decoder
+
+
+def logits_in_steps(decoder: Decoder, chunks: list[int]) -> torch.Tensor:
+    """Logits [tokens, vocab] of TOKENS computed `chunks` tokens at a time; pages in odd order."""
+    part = decoder.partition
+    rows = RowTable(4, 64, CPU)
+    layers = decoder.config.num_hidden_layers
+    pool = KvPool(layers, 8, part.local_kv_heads, part.head_dim, torch.float32, CPU)
+    rows.begin(SequenceStart(2, TOKENS, len(TOKENS), SamplingParams()))
+    pages, found, first = [6, 1, 4], [], 0
+    for step, count in enumerate(chunks, start=1):
+        held, needed = -(-first // 16), -(-(first + count) // 16)
+        plan = StepPlan(
+            step,
+            num_prefills=int(count > 1),
+            rows=[2],
+            first_positions=[first],
+            token_counts=[count],
+            slots=[0],
+            samples=[False],
+            new_page_counts=[needed - held],
+            pages=pages[held:needed],
+        )
+        rows.append_pages(plan)
+        batch = build_batch(plan, rows, pool)
+        hidden = decoder.forward(batch.token_ids, batch.positions, batch.paged, batch.lora)
+        found.append(decoder.logits(hidden))
+        first += count
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    directory = make_checkpoint(name, tmp_path)
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+        expected = model(torch.tensor([TOKENS])).logits[0]
+    decoder = load(directory)
+    for chunks in ([45], [7] * 6 + [3], [30] + [1] * 15):
+        torch.testing.assert_close(
+            logits_in_steps(decoder, chunks), expected, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_checkpoint_in_several_files(tmp_path: Path) -> None:
+    whole = load(make_checkpoint("llama", tmp_path / "one"))
+    directory = make_checkpoint("llama", tmp_path / "many", shard_size="100KB")
+    assert len(list(directory.glob("*.safetensors"))) > 2
+    many = load(directory)
+    assert torch.equal(logits_in_steps(whole, [45]), logits_in_steps(many, [45]))
+
+
+def test_a_rank_holds_its_part_only(tmp_path: Path) -> None:
+    directory = make_checkpoint("llama", tmp_path)
+    config = AutoConfig.from_pretrained(directory)
+    group = Group(0, 1, CPU, "")
+    group.size = 2  # the shapes and the loading need no second process
+    decoder = Decoder(config, group, torch.float32, CPU)
+    with Checkpoint(directory) as checkpoint:
+        decoder.load(checkpoint, lambda done, total: None)
+    whole = load(directory)
+    half = sum(site.weight.numel() for site in decoder.sites)
+    assert half * 2 == sum(site.weight.numel() for site in whole.sites)
+    assert decoder.head.weight.shape[0] == 130
+    assert not any(p.is_meta for site in decoder.sites for p in site.parameters())
+
+
+def test_an_unsupported_architecture_is_named_with_the_supported_ones() -> None:
+    from transformers import GPT2Config
+
+    config = GPT2Config(architectures=["GPT2LMHeadModel"])
+    with pytest.raises(UnsupportedModel) as caught:
+        Decoder(config, Group(0, 1, CPU, ""), torch.float32, CPU)
+    assert "GPT2LMHeadModel" in str(caught.value)
+    assert all(name in str(caught.value) for name in SUPPORTED)
+
+
+def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path: Path) -> None:
+    directory = make_checkpoint("llama", tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(BadCheckpoint, match=r"no tensor 'model\.layers\.2"):
+        load(directory)
+    (directory / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
+    with pytest.raises(BadCheckpoint, match=r"embed_tokens\.weight: the configuration asks for"):
+        load(directory)
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(BadCheckpoint, match=r"neither model\.safetensors nor"):
+        load(directory)
