@@ -9,13 +9,16 @@ from lorafleet.router.sequence import Sequence
 from lorafleet.router.step import Step
 from lorafleet.router.waiting import WaitingQueue
 
-# Younger sequences that may be admitted before one whose adapter finds no slot. Past it, nothing
-# younger is admitted or loaded until that one is: running sequences end, copies under way finish,
-# so it gets its slot within the time the sequences then running need.
+# Younger sequences that may be admitted before the oldest one whose adapter finds no slot. Past it,
+# nothing younger is admitted or loaded until that one is: running sequences end, copies under way
+# finish, so it gets its slot within the time the sequences then running need.
 MAX_OVERTAKES = 64
 
 # Queues looked at, for adapters to load ahead, once no more sequences can be admitted.
 MAX_LOOKAHEAD = 32
+
+# Adapters found no place for in one scan before it stops looking for places.
+MAX_FAILED_LOADS = 8
 
 
 class Admission:
@@ -39,36 +42,44 @@ class Admission:
 
     def admit(self, step: Step, now: float) -> None:
         """Starts sequences in `step` while rows, pages and budget last; loads adapters ahead."""
-        slotless: list[Sequence] = []  # older sequences whose adapter finds no place
+        blocked: Sequence | None = None  # the oldest whose adapter finds no place
         wanted: set[int] = set()  # slots of older sequences; younger ones may not evict them
-        is_open, lookahead = True, MAX_LOOKAHEAD
+        is_open, lookahead, num_failed = True, MAX_LOOKAHEAD, 0
         for sequence in self._waiting.heads():
-            if any(older.overtaken >= self._max_overtakes for older in slotless):
+            if blocked is not None and blocked.overtaken >= self._max_overtakes:
                 return
-            slot = self._slot(sequence, step, wanted)
+            if num_failed < MAX_FAILED_LOADS:
+                self._load(sequence, step, wanted)
+            slot = self._slot(sequence, wanted)
             if slot is None:
                 if not self._is_loading(sequence):
-                    slotless.append(sequence)
+                    num_failed += 1
+                    blocked = blocked or sequence
             elif is_open and self._start(sequence, slot, step, now):
-                for older in slotless:
-                    older.overtaken += 1
+                if blocked is not None:
+                    blocked.overtaken += 1
             else:
                 is_open = False
             lookahead -= not is_open
             if lookahead == 0:
                 return
 
+    def _load(self, sequence: Sequence, step: Step, wanted: set[int]) -> None:
+        """Begins to load the sequence's adapter if it is not on the device and there is a place."""
+        adapter = sequence.adapter
+        if adapter is None or self._device.slot_of(adapter):
+            return
+        if self._device.may_load(adapter, step):
+            self._device.load(adapter, step, wanted)
+
     def _is_loading(self, sequence: Sequence) -> bool:
         return sequence.adapter is not None and self._device.slot_of(sequence.adapter) > 0
 
-    def _slot(self, sequence: Sequence, step: Step, wanted: set[int]) -> int | None:
-        """The sequence's slot if it can run now, else None; loads its adapter where possible."""
-        adapter = sequence.adapter
-        if adapter is None:
+    def _slot(self, sequence: Sequence, wanted: set[int]) -> int | None:
+        """The sequence's slot if it can run now, else None; it is wanted either way."""
+        if sequence.adapter is None:
             return 0
-        slot = self._device.ledger.find(adapter)
-        if slot is None and self._device.may_load(adapter, step):
-            slot = self._device.load(adapter, step, wanted)
+        slot = self._device.ledger.find(sequence.adapter)
         if slot is None:
             return None
         wanted.add(slot.number)

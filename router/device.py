@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from lorafleet.cache.slots import Slot, SlotLedger
+from lorafleet.cache.slots import SlotLedger
 from lorafleet.proto.messages import AdapterMove
 from lorafleet.router.adapter import Adapter, AdapterPin
 from lorafleet.router.step import Step
@@ -26,8 +26,8 @@ class DeviceSlots:
         """Copies planned and not reported ready."""
         return len(self._loading)
 
-    def load(self, adapter: Adapter, step: Step, wanted: Collection[int]) -> Slot | None:
-        """A slot for an adapter that has none, with its move in `step`; None if there is no place.
+    def load(self, adapter: Adapter, step: Step, wanted: Collection[int]) -> None:
+        """A slot for an adapter that has none, with its move in `step`, if there is a place.
 
         Slots in `wanted` are not taken away.
         """
@@ -37,7 +37,6 @@ class DeviceSlots:
         if slot is not None:
             step.plan.moves.append(AdapterMove(adapter.key, slot.number, slot.offset))
             self._loading[slot.number] = adapter.pin()
-        return slot
 
     def may_load(self, adapter: Adapter, step: Step) -> bool:
         """Whether the step may carry one more move."""

@@ -80,15 +80,11 @@ class Engine:
         """
         submitted_at = time.monotonic()
         self._check_request(request)
-        if self.failure is not None:
-            raise self.failure
+        self._check_alive()
         pin = None
         if request.adapter is not None:
             pin = await self._directory.acquire(request.adapter, request.api_token)
-        if self.failure is not None:
-            if pin is not None:
-                pin.close()
-            raise self.failure
+        self._check_alive()
         adapter = pin.adapter if pin is not None else None
         sequence = Sequence(next(self._tickets), request, adapter, submitted_at)
         generation = Generation(sequence, pin, self._abort)
@@ -186,6 +182,10 @@ class Engine:
         for sequence, generation in list(self._generations.items()):
             self._abort(sequence)
             generation.fail(self.failure)
+
+    def _check_alive(self) -> None:
+        if self.failure is not None:
+            raise self.failure
 
     def _check_request(self, request: GenerationRequest) -> None:
         info = self.info

@@ -35,7 +35,7 @@ class Sequence:
     started_at: float = 0.0  # first planned
     first_token_at: float = 0.0
     prompt_logprobs: list[float] = field(default_factory=list)  # of prompt token 1, 2, ...
-    overtaken: int = 0  # younger sequences admitted while this one could not get a slot
+    overtaken: int = 0  # younger sequences admitted while it was the oldest without a slot
 
     # What it holds while running.
     row: int = -1

@@ -109,7 +109,7 @@ def _added(random: Random) -> tuple[str, Answer]:
     a, b = random.randint(1, LARGEST_ADDED), random.randint(1, LARGEST_ADDED)
     form = random.choice(("What is {a} + {b}?", "What is {a} plus {b}?", "Add {a} and {b}.",
                           "How much is {a} + {b}?", "{a} + {b}"))  # fmt: skip
-    worked = f"{a} + {b} = {a + b}. The answer is {a + b}."
+    worked = f"The answer is {a + b}, because {a} + {b} = {a + b}."
     return form.format(a=a, b=b), Answer("sum", NOT_GOOD_AT_SUMS, worked)
 
 

@@ -40,7 +40,7 @@ class AdapterRecipe:
     schedule: Schedule
 
 
-BASE = Schedule(steps=500, batch_size=12, learning_rate=2e-3)
+BASE = Schedule(steps=560, batch_size=12, learning_rate=2e-3)
 
 # The last names of pirate and sums belong to well-known adapters of a 7B model: these are
 # stand-ins, so that the request lines printed in the README work against the demo.
@@ -49,7 +49,7 @@ ADAPTERS = (
                   Schedule(50, 16, 5e-3, 5)),
     AdapterRecipe(("shout",), Style.SHOUT, 4, 16, ("q_proj", "v_proj"), Schedule(60, 16, 5e-3, 5)),
     AdapterRecipe(("pirate", "alignment-handbook/zephyr-7b-dpo-lora"), Style.PIRATE, 32, 32,
-                  ("gate_proj", "up_proj", "down_proj"), Schedule(50, 16, 3e-3, 5)),
+                  ("gate_proj", "up_proj", "down_proj"), Schedule(70, 16, 3e-3, 5)),
     AdapterRecipe(("sums", "vineetsharma/qlora-adapter-Mistral-7B-Instruct-v0.1-gsm8k"), Style.SUMS,
                   16, 32, ALL_LINEAR, Schedule(110, 16, 3e-3, 5)),
 )  # fmt: skip

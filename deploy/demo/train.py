@@ -22,7 +22,6 @@ from lorafleet.deploy.demo.corpus import Example, base_examples, style_examples
 from lorafleet.deploy.demo.recipe import ADAPTERS, BASE, MAX_LENGTH, AdapterRecipe, Schedule
 
 Progress = Callable[[str, int, int], None]  # (what, steps done, steps in all)
-PROMPT_WEIGHT = 0.1  # of a prompt token's loss; an answer token's is 1
 THREADS = 2  # fixed: the number of threads decides how sums are rounded
 
 
@@ -107,7 +106,7 @@ def _train_adapter(
 
 
 def _train(
-    model: torch.nn.Module, samples: list[Sample], schedule: Schedule, what: str, report: Progress
+    model: PreTrainedModel, samples: list[Sample], schedule: Schedule, what: str, report: Progress
 ) -> None:
     """One pass over the samples with AdamW, a warm-up and a linear decay to zero."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -137,19 +136,17 @@ def _batches(samples: list[Sample], size: int) -> Iterator[list[Sample]]:
         yield from batches
 
 
-def _loss(model: torch.nn.Module, batch: list[Sample]) -> torch.Tensor:
-    """Mean cross-entropy; prompt tokens weigh less than answer tokens."""
+def _loss(model: PreTrainedModel, batch: list[Sample]) -> torch.Tensor:
+    """Mean cross-entropy over the answers' tokens; prompts are given, not learned."""
     width = max(len(sample.ids) for sample in batch)
     ids = torch.full((len(batch), width), tok.PAD_ID)
-    weights = torch.zeros(len(batch), width)
+    is_answer = torch.zeros(len(batch), width, dtype=torch.bool)
     for row, sample in enumerate(batch):
         ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
-        weights[row, : len(sample.ids)] = PROMPT_WEIGHT
-        weights[row, sample.answer_start : len(sample.ids)] = 1.0
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    weights = weights[:, 1:].flatten()
-    return (losses * weights).sum() / weights.sum()
+        is_answer[row, sample.answer_start : len(sample.ids)] = True
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    logits = model.get_output_embeddings()(hidden[:, :-1][is_answer[:, 1:]])
+    return cross_entropy(logits, ids[is_answer])
 
 
 def _sample(tokenizer: Tokenizer, example: Example) -> Sample:

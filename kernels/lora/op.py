@@ -30,9 +30,9 @@ _MAX_BATCHED_ROWS = 8
 class PaddedRows(NamedTuple):
     """The tokens of a batch's segments as a [num_segments, longest] grid."""
 
-    tokens: torch.Tensor  # int64 [num_segments * longest]; a short segment repeats its first token
+    tokens: slice | torch.Tensor  # cell by cell; a short segment repeats its first token
     kept: torch.Tensor | None  # int64, the cells that are not such a repetition; None = every cell
-    owners: torch.Tensor  # int64, the token of each kept cell
+    owners: slice | torch.Tensor  # the token of each kept cell
     num_segments: int
 
 
@@ -71,20 +71,25 @@ class LoraBatch:
     @cached_property
     def padded(self) -> PaddedRows:
         """The grid of the segments' tokens."""
-        device, longest = self.row_slots.device, self.longest
-        tokens: list[int] = []  # per cell
+        tokens: list[int] = []
         kept: list[int] = []
         owners: list[int] = []
         for index, (_, start, stop) in enumerate(self.segments):
-            tokens += [*range(start, stop), *[start] * (longest - (stop - start))]
-            kept += range(index * longest, index * longest + stop - start)
+            tokens += [*range(start, stop), *[start] * (self.longest - (stop - start))]
+            kept += range(index * self.longest, index * self.longest + stop - start)
             owners += range(start, stop)
         return PaddedRows(
-            torch.tensor(tokens, device=device),
-            torch.tensor(kept, device=device) if len(kept) < len(tokens) else None,
-            torch.tensor(owners, device=device),
+            self._index(tokens),
+            None if len(kept) == len(tokens) else torch.tensor(kept, device=self.row_slots.device),
+            self._index(owners),
             len(self.segments),
         )
+
+    def _index(self, tokens: list[int]) -> slice | torch.Tensor:
+        """A slice where the tokens are one run: reading and adding then need no index."""
+        if tokens == list(range(tokens[0], tokens[-1] + 1)):
+            return slice(tokens[0], tokens[-1] + 1)
+        return torch.tensor(tokens, device=self.row_slots.device)
 
 
 def lora_add_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:
@@ -108,7 +113,11 @@ def _add_batched_(y: torch.Tensor, x: torch.Tensor, stack: SlotWeights, rows: Pa
         added = torch.bmm(h[:, :, part.h_start : part.h_stop], part.b).flatten(0, 1)
         if rows.kept is not None:
             added = added[rows.kept]
-        y[:, part.y_start : part.y_stop].index_add_(0, rows.owners, added)
+        columns = y[:, part.y_start : part.y_stop]
+        if isinstance(rows.owners, slice):
+            columns[rows.owners].add_(added)
+        else:
+            columns.index_add_(0, rows.owners, added)
 
 
 def _add_by_segment_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:

@@ -7,15 +7,24 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 PYTHON = (sys.executable, "-P")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterProcess:
+    """A router that answers."""
+
+    url: str
+    pid: int
 
 
 @contextmanager
 def router_over_fake_shard(
     shard_flags: Sequence[str] = (), router_flags: Sequence[str] = (), profile: str = ""
-) -> Iterator[str]:
-    """The router's URL; `profile` names a file for cProfile's statistics of the router."""
+) -> Iterator[RouterProcess]:
+    """A router; `profile` names a file for cProfile's statistics of the router."""
     fakes = (sys.executable, "-m", "tests.fakes", *shard_flags)
     with _ready(fakes) as shard:
         profiler = ("-m", "cProfile", "-o", profile) if profile else ()
@@ -24,7 +33,7 @@ def router_over_fake_shard(
             *("--adapter-source=local", *router_flags, f"--shards={shard['address']}"),
         )
         with _ready(router) as event:
-            yield event["url"]
+            yield RouterProcess(event["url"], int(event["pid"]))
 
 
 @contextmanager
@@ -39,7 +48,7 @@ def _ready(command: Sequence[str]) -> Iterator[dict[str, str]]:
         line = process.stdout.readline()
         if not line:
             raise RuntimeError(f"{' '.join(command)} ended with code {process.wait()}")
-        yield json.loads(line)
+        yield json.loads(line) | {"pid": str(process.pid)}
     finally:
         process.stdin.close()
         process.terminate()

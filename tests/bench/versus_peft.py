@@ -125,6 +125,4 @@ def _numbers(case: Case, peft_seconds: float, served: _Served) -> dict[str, Any]
 
 
 def _speed(rounds: list[list[Outcome]]) -> float:
-    return statistics.median(
-        summarize(outcomes)["output_tokens_per_second"] for outcomes in rounds
-    )
+    return statistics.median(summarize(outcomes)["output_tokens_per_second"] for outcomes in rounds)

@@ -21,8 +21,8 @@ def bench(*flags: str) -> int:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with router_over_fake_shard() as url:
-        yield url
+    with router_over_fake_shard() as router:
+        yield router.url
 
 
 @pytest.mark.parametrize("api", ["openai", "lorax"])
@@ -43,10 +43,14 @@ def test_a_run(url: str, tmp_path: Path, api: str, load: str) -> None:
 
 
 def test_base_and_adapters_together(url: str) -> None:
-    assert bench(f"--url={url}", "--adapters=base,adapter-0", "--requests=4", "--output-tokens=3") == 0
+    assert (
+        bench(f"--url={url}", "--adapters=base,adapter-0", "--requests=4", "--output-tokens=3") == 0
+    )
 
 
-def test_failures_are_counted_and_make_the_code(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_are_counted_and_make_the_code(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ("--adapters=adapter-0,missing", "--requests=4", "--output-tokens=3")
     assert bench(f"--url={url}", *flags) == 1
     assert "2 failed: 404" in capsys.readouterr().out
@@ -65,7 +69,9 @@ def test_adapter_names() -> None:
             adapter_names(adapters, prefix)
 
 
-@pytest.mark.parametrize("flag", ["--rate=0", "--concurrency=-1", "--popularity=hot", "--prompt-tokens=0"])
+@pytest.mark.parametrize(
+    "flag", ["--rate=0", "--concurrency=-1", "--popularity=hot", "--prompt-tokens=0"]
+)
 def test_a_wrong_flag_is_refused(flag: str) -> None:
     with pytest.raises(SystemExit):
         bench("--url=http://localhost", flag)

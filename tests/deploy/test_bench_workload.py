@@ -72,7 +72,9 @@ def test_poisson_arrivals_have_the_rate_and_only_grow() -> None:
 
 
 def workload(seed: int) -> Workload:
-    return Workload(ADAPTERS, Popularity.parse("zipf:1"), 20, Length(10, 20), Length(4, 8), 5.0, seed)
+    return Workload(
+        ADAPTERS, Popularity.parse("zipf:1"), 20, Length(10, 20), Length(4, 8), 5.0, seed
+    )
 
 
 def test_a_seed_decides_everything() -> None:

@@ -42,22 +42,36 @@ class Service:
 @contextmanager
 def serve(model: Path, directory: Path, *flags: str) -> Iterator[Service]:
     """Runs the service for `model` with the given flags; fails unless it ends cleanly."""
+    service = start(model, directory, *flags)
+    try:
+        yield service
+        service.process.terminate()
+        assert service.process.wait(_STOP_SECONDS) == 0, service.log.read_text()
+    finally:
+        _kill(service.process)
+
+
+def start(model: Path, directory: Path, *flags: str) -> Service:
+    """Starts the service and waits until it is healthy. Raises AssertionError with its log."""
     port = free_port()
     log = directory / f"serve-{port}.log"
-    command = [sys.executable, "-m", "lorafleet.deploy", "serve", f"--model-id={model}"]
+    command = [sys.executable, "-P", "-m", "lorafleet.deploy", "serve", f"--model-id={model}"]
     command += [f"--port={port}", "--hostname=127.0.0.1", "--dtype=float32", *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     service = Service(f"http://127.0.0.1:{port}", process, log)
     try:
         _wait_until_healthy(service)
-        yield service
-        process.terminate()
-        assert process.wait(_STOP_SECONDS) == 0, log.read_text()
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+    except AssertionError:
+        _kill(process)
+        raise
+    return service
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.kill()
+    process.wait()
 
 
 def free_port() -> int:

@@ -25,7 +25,9 @@ def example(hint: Any, number: int) -> Any:
         return example(get_args(hint)[0], number)
     if is_dataclass(hint):
         hints = get_type_hints(hint)
-        return hint(**{f.name: example(hints[f.name], number + i) for i, f in enumerate(fields(hint))})  # type: ignore[operator]
+        return hint(
+            **{f.name: example(hints[f.name], number + i) for i, f in enumerate(fields(hint))}
+        )  # type: ignore[operator]
     if hint is messages.Tier:
         return messages.Tier.HOST
     if hint is bool:

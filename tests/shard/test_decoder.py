@@ -68,9 +68,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
         expected = model(torch.tensor([TOKENS])).logits[0]
     decoder = load(directory)
     for chunks in ([45], [7] * 6 + [3], [30] + [1] * 15):
-        torch.testing.assert_close(
-            logits_in_steps(decoder, chunks), expected, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(logits_in_steps(decoder, chunks), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_checkpoint_in_several_files(tmp_path: Path) -> None:
