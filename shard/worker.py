@@ -109,7 +109,7 @@ class Worker:
         self._rows.append_pages(plan)
         if plan.rows:
             self._compute(plan, launched)
-        elif plan.moves:
+        else:
             self._adapters.wait_all()  # nothing else to do: answer when the adapters are there
         if self._decoder.device.type == "cuda":
             launched.event = torch.cuda.Event()

@@ -24,38 +24,80 @@ def add_flags(parser: ArgumentParser) -> None:
     """Adds bench's flags."""
     add = parser.add_argument
     add("--url", required=True, help="the server, e.g. http://localhost:8080")
-    add("--api", choices=("openai", "lorax"), default="openai",
+    add(
+        "--api",
+        choices=("openai", "lorax"),
+        default="openai",
         help="/v1/completions of any OpenAI-compatible server, or LoRAX's /generate_stream "
-        "(default: openai)")  # fmt: skip
-    add("--model", default="",
-        help="what the OpenAI API calls the base model (default: the first of /v1/models)")  # fmt: skip
-    add("--adapters", default=BASE,
+        "(default: openai)",
+    )
+    add(
+        "--model",
+        default="",
+        help="what the OpenAI API calls the base model (default: the first of /v1/models)",
+    )
+    add(
+        "--adapters",
+        default=BASE,
         help=f"adapters to ask for, as a,b,c; {BASE!r} is the base model; or a number N with "
-        f"--adapter-prefix (default: {BASE})")  # fmt: skip
+        f"--adapter-prefix (default: {BASE})",
+    )
     add("--adapter-prefix", default="", help="with --adapters N: ask for PREFIX0 .. PREFIX{N-1}")
-    add("--popularity", type=Popularity.parse, default=Popularity("distinct"), metavar="LAW",
+    add(
+        "--popularity",
+        type=Popularity.parse,
+        default=Popularity("distinct"),
+        metavar="LAW",
         help="distinct: every request the next adapter; uniform: ceil(sqrt(N)) of the N adapters, "
         "equally; zipf:S: the i-th adapter with probability proportional to i^-S; identical: one "
-        "adapter (default: distinct)")  # fmt: skip
+        "adapter (default: distinct)",
+    )
     load = parser.add_mutually_exclusive_group()
-    load.add_argument("--concurrency", type=_positive(int), default=16, metavar="N",
-                      help="closed loop: requests in flight at any time (default: 16)")  # fmt: skip
-    load.add_argument("--rate", type=_positive(float), metavar="R",
-                      help="open loop instead: Poisson arrivals, requests per second")  # fmt: skip
-    add("--requests", type=_positive(int), default=128, metavar="N",
-        help="requests in all (default: 128)")  # fmt: skip
-    add("--prompt-tokens", type=Length.parse, default=Length(128, 128), metavar="L",
-        help="prompt length, about: 128, or uniform over 64,192 (default: 128)")  # fmt: skip
-    add("--output-tokens", type=Length.parse, default=Length(64, 64), metavar="L",
-        help="tokens to generate: 64, or uniform over 32,96 (default: 64)")  # fmt: skip
-    add("--stop-at-eos", action="store_true",
-        help="let the model end early; otherwise ignore_eos is sent")  # fmt: skip
+    load.add_argument(
+        "--concurrency",
+        type=_positive(int),
+        default=16,
+        metavar="N",
+        help="closed loop: requests in flight at any time (default: 16)",
+    )
+    load.add_argument(
+        "--rate",
+        type=_positive(float),
+        metavar="R",
+        help="open loop instead: Poisson arrivals, requests per second",
+    )
+    add(
+        "--requests",
+        type=_positive(int),
+        default=128,
+        metavar="N",
+        help="requests in all (default: 128)",
+    )
+    add(
+        "--prompt-tokens",
+        type=Length.parse,
+        default=Length(128, 128),
+        metavar="L",
+        help="prompt length, about: 128, or uniform over 64,192 (default: 128)",
+    )
+    add(
+        "--output-tokens",
+        type=Length.parse,
+        default=Length(64, 64),
+        metavar="L",
+        help="tokens to generate: 64, or uniform over 32,96 (default: 64)",
+    )
+    add(
+        "--stop-at-eos",
+        action="store_true",
+        help="let the model end early; otherwise ignore_eos is sent",
+    )
     add("--seed", type=int, default=0, help="of popularity, lengths, words, arrivals (default: 0)")
     add("--output", type=Path, metavar="FILE.json", help="write config and results there")
 
 
 def run(args: Namespace) -> int:
-    """Runs one benchmark. Returns 0 when every request worked, 1 when one failed, 2 for a bad flag."""
+    """One benchmark. Returns 0 when every request worked, 1 when one failed, 2 for a bad flag."""
     try:
         adapters = adapter_names(args.adapters, args.adapter_prefix)
         summary = asyncio.run(_measure(args, adapters))
@@ -123,8 +165,21 @@ async def _first_model(session: aiohttp.ClientSession, url: str) -> str:
 
 def _config(args: Namespace) -> dict[str, Any]:
     """The flags as they were, ready for JSON; no flag of bench's is secret."""
-    names = ("url", "api", "model", "adapters", "adapter_prefix", "popularity", "concurrency",
-             "rate", "requests", "prompt_tokens", "output_tokens", "stop_at_eos", "seed")  # fmt: skip
+    names = (
+        "url",
+        "api",
+        "model",
+        "adapters",
+        "adapter_prefix",
+        "popularity",
+        "concurrency",
+        "rate",
+        "requests",
+        "prompt_tokens",
+        "output_tokens",
+        "stop_at_eos",
+        "seed",
+    )
     values = {name: getattr(args, name) for name in names}
     values["concurrency"] = None if args.rate else args.concurrency
     plain = (bool, int, float, type(None))

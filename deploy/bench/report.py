@@ -19,7 +19,7 @@ PERCENTILES = (50, 90, 99)
 
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Throughput over the whole run, and percentiles in milliseconds, of the requests that worked."""
+    """Throughput over the whole run and percentiles in ms, of the requests that worked."""
     good = [outcome for outcome in outcomes if not outcome.error]
     failures = Counter(outcome.error for outcome in outcomes if outcome.error)
     start = min((outcome.sent_at for outcome in outcomes), default=0.0)

@@ -19,12 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-_WORDS = (
-    "time year people way day man thing woman life child world school state family student group "
-    "country problem hand part place case week company system program question work government "
-    "number night point home water room mother area money story fact month lot right study book "
-    "eye job word business issue side kind head house service friend father power hour game line"
-).split()
+_SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,5 +131,5 @@ def poisson(rate: float, count: int, random: Random) -> list[float]:
 
 
 def words(count: int, random: Random) -> str:
-    """A text of `count` random words, at least one."""
-    return " ".join(random.choices(_WORDS, k=max(1, count)))
+    """A text of `count` random words of two syllables, at least one."""
+    return " ".join("".join(random.choices(_SYLLABLES, k=2)) for _ in range(max(1, count)))

@@ -14,14 +14,17 @@ from lorafleet.deploy.demo.build import DEFAULT_DIR, BuildFailed, build
 from lorafleet.deploy.demo.run import measure, show
 from lorafleet.deploy.demo.service import NUM_SHARDS, ServiceFailed, demo_flags, running_service
 
+PIPE_COLUMNS = 120  # when nobody says how wide the output is
+
 
 def main() -> int:
     """Returns 0 only when everything worked."""
     parser = ArgumentParser(prog="python -m lorafleet.deploy.demo", description=__doc__)
-    parser.add_argument("--dir", type=Path, default=DEFAULT_DIR, help="where the demo model lives (default: %(default)s)")
-    parser.add_argument("--build-only", action="store_true", help="build the model and its adapters, serve nothing")
+    add = parser.add_argument
+    add("--dir", type=Path, default=DEFAULT_DIR, help="the demo model's folder (default: .demo)")
+    add("--build-only", action="store_true", help="build the model and adapters, serve nothing")
     args = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS)
     try:
         _build(args.dir, console)
         return 0 if args.build_only else _demonstrate(args.dir, console)

@@ -1,4 +1,4 @@
-"""Builds the demo's files once: a stamp of the recipe decides whether they are still the right ones."""
+"""Builds the demo's files once: a stamp of the recipe says whether they are still right."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +22,8 @@ DEFAULT_DIR = Path(".demo")
 STAMP = "stamp"
 _SOURCES = ("corpus.py", "recipe.py", "styles.py", "tokenizer.py", "topics.py", "train.py")
 _LIBRARIES = ("peft", "safetensors", "tokenizers", "torch", "transformers")
+
+Train = Callable[[Path, int, Console], None]  # (empty folder, seed, where progress goes)
 
 
 class BuildFailed(Exception):
@@ -44,7 +46,20 @@ def is_built(folder: Path, seed: int = SEED) -> bool:
     return file.is_file() and file.read_text() == stamp(seed)
 
 
-def build(folder: Path, console: Console, seed: int = SEED) -> bool:
+def train_here(folder: Path, seed: int, console: Console) -> None:
+    """Trains into `folder` behind a progress bar. Raises BuildFailed.
+
+    In a process of its own, so that torch and its threads are gone afterwards.
+    """
+    total = BASE.steps + sum(recipe.schedule.steps for recipe in ADAPTERS)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("Building the demo model", total=total)
+        for event in _events(folder, seed):
+            bar.update(task, advance=1, description=f"Training the {event['what']}")
+
+
+def build(folder: Path, console: Console, seed: int = SEED, train: Train = train_here) -> bool:
     """Makes sure `folder` holds the demo's files; returns whether they had to be trained.
 
     The folder appears complete or not at all. Raises BuildFailed.
@@ -56,31 +71,21 @@ def build(folder: Path, console: Console, seed: int = SEED) -> bool:
     with FileLock(folder.with_name(folder.name + ".lock")):
         if is_built(folder, seed):  # another process was first
             return False
+        _check_is_ours(folder)
         with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as scratch:
-            new, old = Path(scratch, "new"), Path(scratch, "old")
+            new = Path(scratch, "new")
             new.mkdir()
-            _train(new, seed, console)
+            train(new, seed, console)
             (new / STAMP).write_text(stamp(seed))
             if folder.exists():
-                _check_is_ours(folder)
-                folder.rename(old)
+                folder.rename(Path(scratch, "old"))
             new.rename(folder)
     return True
 
 
 def _check_is_ours(folder: Path) -> None:
-    if any(folder.iterdir()) and not (folder / STAMP).is_file():
+    if folder.exists() and any(folder.iterdir()) and not (folder / STAMP).is_file():
         raise BuildFailed(f"{folder} holds something else than a demo: choose another --dir")
-
-
-def _train(folder: Path, seed: int, console: Console) -> None:
-    """Trains in a process of its own, so that torch and its threads are gone afterwards."""
-    total = BASE.steps + sum(recipe.schedule.steps for recipe in ADAPTERS)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("Building the demo model", total=total)
-        for event in _events(folder, seed):
-            bar.update(task, advance=1, description=f"Training the {event['what']}")
 
 
 def _events(folder: Path, seed: int) -> Iterator[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The demo run: the same prompts to the base model and every adapter at once, then what happened."""
+"""The demo run: the same prompts to the base model and every adapter at once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lorafleet.deploy.bench.client import BASE, TIMEOUT, Outcome, Target
 from lorafleet.deploy.bench.workload import Ask
@@ -40,7 +42,8 @@ class Results:
         if self.step_adapters < len(ADAPTERS):
             failed.append(f"at most {self.step_adapters} adapters shared a step")
         listed = {card["id"] for card in self.cards}
-        failed += [f"/v1/models does not list {a.names[0]}" for a in ADAPTERS if a.names[0] not in listed]
+        missing = {adapter.names[0] for adapter in ADAPTERS} - listed
+        failed += [f"/v1/models does not list {name}" for name in sorted(missing)]
         return failed
 
 
@@ -76,37 +79,42 @@ def show(console: Console, results: Results) -> None:
     """The table of completions, then the step and the tiers."""
     console.print(_completions(results.asks, results.outcomes))
     console.print(
-        f"Up to {results.step_adapters} different adapters shared one step of the base model, "
-        f"beside base-only rows."
+        f"{results.step_adapters} different adapters shared one step, "
+        f"beside rows of the base model alone."
     )
     console.print(_tiers(results.cards))
 
 
 def _completions(asks: Sequence[Ask], outcomes: Sequence[Outcome]) -> Table:
-    table = Table(header_style="bold")
-    for column in ("adapter", "prompt", "completion"):
-        table.add_column(column, overflow="fold")
-    for column in ("tokens", "first token, ms", "tokens/s"):
-        table.add_column(column, justify="right")
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, expand=True)
+    table.add_column("adapter", min_width=7)
+    table.add_column("prompt", ratio=2)
+    table.add_column("completion", ratio=4)
+    for column in ("tokens", "TTFT, ms", "tokens/s"):
+        table.add_column(column, justify="right", min_width=len(column))
     for ask, outcome in zip(asks, outcomes, strict=True):
-        speed = outcome.output_tokens / outcome.total_seconds
-        first = f"{1e3 * outcome.first_token_seconds:.0f}" if outcome.arrivals else "-"
-        text = outcome.error or outcome.text.strip()
-        table.add_row(ask.adapter, ask.prompt, _plain(text), str(outcome.output_tokens), first, f"{speed:.0f}")
-        table.add_section() if ask.adapter == ADAPTERS[-1].names[0] else None
+        last_of_prompt = ask.adapter == ADAPTERS[-1].names[0]
+        table.add_row(*_completion(ask, outcome), end_section=last_of_prompt)
     return table
 
 
+def _completion(ask: Ask, outcome: Outcome) -> tuple[str | Text, ...]:
+    """A row; `Text` keeps rich from reading square brackets as markup."""
+    return (
+        ask.adapter,
+        Text(str(ask.prompt)),
+        Text(outcome.error or outcome.text.strip(), style="red" if outcome.error else ""),
+        str(outcome.output_tokens),
+        f"{1e3 * outcome.first_token_seconds:.0f}" if outcome.arrivals else "-",
+        f"{outcome.output_tokens / outcome.total_seconds:.0f}",
+    )
+
+
 def _tiers(cards: Sequence[dict[str, Any]]) -> Table:
-    table = Table(header_style="bold")
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD)
     for column in ("adapter", "tier"):
         table.add_column(column)
     table.add_column("rank", justify="right")
     for card in cards:
         table.add_row(card["id"], str(card.get("tier", "?")), str(card.get("rank", "?")))
     return table
-
-
-def _plain(text: str) -> str:
-    """Square brackets are rich's markup."""
-    return text.replace("[", "\\[")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -87,7 +88,7 @@ def _pirate_word(match: re.Match[str]) -> str:
     return swapped.capitalize() if word[0].isupper() and word != "I" else swapped
 
 
-_STYLES = {
+_STYLES: dict[Style, Callable[[Answer], str]] = {
     Style.PLAIN: lambda answer: answer.text,
     Style.JSON: _json,
     Style.SHOUT: _shout,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -22,6 +22,7 @@ from lorafleet.deploy.demo.corpus import Example, base_examples, style_examples
 from lorafleet.deploy.demo.recipe import ADAPTERS, BASE, MAX_LENGTH, AdapterRecipe, Schedule
 
 Progress = Callable[[str, int, int], None]  # (what, steps done, steps in all)
+MODEL_NAME = "lorafleet-demo"  # what the adapters call their base
 THREADS = 2  # fixed: the number of threads decides how sums are rounded
 
 
@@ -33,18 +34,24 @@ class Sample:
     answer_start: int
 
 
-def train_all(folder: Path, seed: int, report: Progress) -> None:
+def train_all(
+    folder: Path,
+    seed: int,
+    report: Progress,
+    base: Schedule = BASE,
+    adapters: Sequence[AdapterRecipe] = ADAPTERS,
+) -> None:
     """Writes `folder`/model and `folder`/adapters; the same seed writes the same weights."""
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
     random = Random(seed)
     torch.manual_seed(seed)
-    examples = base_examples(random, BASE.steps * BASE.batch_size)
+    examples = base_examples(random, base.steps * base.batch_size)
     tokenizer = tok.train_tokenizer(_texts(examples))
-    model = _new_model(tokenizer.get_vocab_size())
-    _train(model, [_sample(tokenizer, e) for e in examples], BASE, "base model", report)
+    model: PreTrainedModel = _new_model(tokenizer.get_vocab_size())
+    _train(model, [_sample(tokenizer, e) for e in examples], base, "base model", report)
     _save_model(model, tokenizer, folder / "model")
-    for recipe in ADAPTERS:
+    for recipe in adapters:
         torch.manual_seed(seed)
         model = _train_adapter(model, tokenizer, recipe, random, folder / "adapters", report)
 
@@ -71,8 +78,8 @@ def _new_model(vocab_size: int) -> LlamaForCausalLM:
         bos_token_id=tok.BOS_ID,
         eos_token_id=tok.EOS_ID,
         pad_token_id=tok.PAD_ID,
-        name_or_path="lorafleet-demo",
     )
+    config.name_or_path = MODEL_NAME
     model = LlamaForCausalLM(config)
     for layer in model.model.layers:  # every block starts as the identity: it learns sooner
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)

@@ -24,15 +24,15 @@ import torch
 from lorafleet.kernels.lora.weights import SiteWeights, SlotWeights
 
 # Segments longer than this keep the device busy by themselves.
-_MAX_BATCHED_ROWS = 8
+_MAX_BATCHED_ROWS = 16
 
 
 class PaddedRows(NamedTuple):
     """The tokens of a batch's segments as a [num_segments, longest] grid."""
 
-    tokens: slice | torch.Tensor  # cell by cell; a short segment repeats its first token
-    kept: torch.Tensor | None  # int64, the cells that are not such a repetition; None = every cell
-    owners: slice | torch.Tensor  # the token of each kept cell
+    tokens: slice | torch.Tensor  # cell by cell; a slice where they are one run without padding
+    kept: torch.Tensor  # int64, the cells that are not padding
+    owners: torch.Tensor  # int64, the token of each kept cell
     num_segments: int
 
 
@@ -70,26 +70,22 @@ class LoraBatch:
 
     @cached_property
     def padded(self) -> PaddedRows:
-        """The grid of the segments' tokens."""
-        tokens: list[int] = []
+        """The grid of the segments' tokens; a short segment is padded with its first token."""
+        cells: list[int] = []
         kept: list[int] = []
         owners: list[int] = []
-        for index, (_, start, stop) in enumerate(self.segments):
-            tokens += [*range(start, stop), *[start] * (self.longest - (stop - start))]
-            kept += range(index * self.longest, index * self.longest + stop - start)
+        for _, start, stop in self.segments:
+            kept += range(len(cells), len(cells) + stop - start)
             owners += range(start, stop)
+            cells += [*range(start, stop), *[start] * (self.longest - (stop - start))]
+        device, run = self.row_slots.device, slice(cells[0], cells[-1] + 1)
+        is_run = cells == list(range(run.start, run.stop))
         return PaddedRows(
-            self._index(tokens),
-            None if len(kept) == len(tokens) else torch.tensor(kept, device=self.row_slots.device),
-            self._index(owners),
+            run if is_run else torch.tensor(cells, device=device),
+            torch.tensor(kept, device=device),
+            torch.tensor(owners, device=device),
             len(self.segments),
         )
-
-    def _index(self, tokens: list[int]) -> slice | torch.Tensor:
-        """A slice where the tokens are one run: reading and adding then need no index."""
-        if tokens == list(range(tokens[0], tokens[-1] + 1)):
-            return slice(tokens[0], tokens[-1] + 1)
-        return torch.tensor(tokens, device=self.row_slots.device)
 
 
 def lora_add_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:
@@ -107,17 +103,15 @@ def lora_add_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBa
 
 def _add_batched_(y: torch.Tensor, x: torch.Tensor, stack: SlotWeights, rows: PaddedRows) -> None:
     """Every segment at once; padded ranks are zeros and padded cells are left out of y."""
-    grid = x[rows.tokens].view(rows.num_segments, -1, x.shape[1])
-    h = torch.bmm(grid, stack.a.transpose(1, 2))
+    grid = (rows.num_segments, -1)
+    h = torch.bmm(x[rows.tokens].unflatten(0, grid), stack.a.transpose(1, 2))
     for part in stack.parts:
-        added = torch.bmm(h[:, :, part.h_start : part.h_stop], part.b).flatten(0, 1)
-        if rows.kept is not None:
-            added = added[rows.kept]
-        columns = y[:, part.y_start : part.y_stop]
-        if isinstance(rows.owners, slice):
-            columns[rows.owners].add_(added)
+        part_h, part_y = h[:, :, part.h_start : part.h_stop], y[:, part.y_start : part.y_stop]
+        if isinstance(rows.tokens, slice):
+            part_y[rows.tokens].unflatten(0, grid).baddbmm_(part_h, part.b)
         else:
-            columns.index_add_(0, rows.owners, added)
+            added = torch.bmm(part_h, part.b).flatten(0, 1)
+            part_y.index_add_(0, rows.owners, added[rows.kept])
 
 
 def _add_by_segment_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:

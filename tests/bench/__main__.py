@@ -12,11 +12,11 @@ import tempfile
 from argparse import ArgumentParser
 from pathlib import Path
 
+from rich.console import Console
+
 from lorafleet.deploy.bench.report import commit
 from lorafleet.deploy.demo.build import DEFAULT_DIR, build
 from lorafleet.deploy.demo.recipe import ADAPTERS
-from rich.console import Console
-
 from tests.bench import random_llama, router_alone
 from tests.bench.versus_peft import Case, compare
 

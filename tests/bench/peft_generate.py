@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lorafleet.deploy.bench.client import BASE
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+
+from lorafleet.deploy.bench.client import BASE
 
 THREADS = 2
 

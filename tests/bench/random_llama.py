@@ -42,7 +42,6 @@ def _config() -> LlamaConfig:
         max_position_embeddings=1024,
         tie_word_embeddings=False,
         initializer_range=0.08,
-        name_or_path="random-llama-34m",
     )
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import aiohttp
 import psutil
+
 from lorafleet.deploy.bench.client import TIMEOUT, Outcome, Target
 from lorafleet.deploy.bench.load import closed_loop
 from lorafleet.deploy.bench.report import summarize
 from lorafleet.deploy.bench.workload import Length, Popularity, Workload
-
 from tests.bench.router_process import router_over_fake_shard
 
 STREAMS = 256

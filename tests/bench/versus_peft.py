@@ -14,11 +14,12 @@ from random import Random
 from typing import Any
 
 import aiohttp
+from tokenizers import Tokenizer
+
 from lorafleet.deploy.bench.client import BASE, TIMEOUT, Outcome, Target
 from lorafleet.deploy.bench.report import summarize
 from lorafleet.deploy.bench.workload import Ask
 from lorafleet.deploy.demo.service import running_service
-from tokenizers import Tokenizer
 
 REQUESTS, PROMPT_TOKENS, NEW_TOKENS = 16, 128, 64
 ROUNDS = 3  # of each measurement; the median counts
@@ -125,4 +126,5 @@ def _numbers(case: Case, peft_seconds: float, served: _Served) -> dict[str, Any]
 
 
 def _speed(rounds: list[list[Outcome]]) -> float:
-    return statistics.median(summarize(outcomes)["output_tokens_per_second"] for outcomes in rounds)
+    speeds: list[float] = [summarize(outcomes)["output_tokens_per_second"] for outcomes in rounds]
+    return statistics.median(speeds)

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
 from lorafleet.deploy.bench.client import Outcome
 from lorafleet.deploy.bench.report import percentiles, print_summary, summarize, write_json
-from rich.console import Console
 
 
 def outcome(sent: float, *arrivals: float, error: str = "") -> Outcome:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lorafleet.deploy.bench.cli import add_flags, adapter_names, run
 
+from lorafleet.deploy.bench.cli import adapter_names, add_flags, run
 from tests.bench.router_process import router_over_fake_shard
 
 

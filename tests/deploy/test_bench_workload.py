@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from random import Random
 
 import pytest
+
 from lorafleet.deploy.bench.workload import Length, Popularity, Workload, poisson
 
 ADAPTERS = tuple(f"a{i}" for i in range(10))
@@ -65,7 +67,7 @@ def test_poisson_arrivals_have_the_rate_and_only_grow() -> None:
     times = poisson(50.0, 5000, Random(2))
     assert times == sorted(times)
     assert times[-1] == pytest.approx(100.0, rel=0.1)
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
     mean = sum(gaps) / len(gaps)
     variance = sum((gap - mean) ** 2 for gap in gaps) / len(gaps)
     assert variance**0.5 == pytest.approx(mean, rel=0.1)  # an exponential's deviation is its mean
