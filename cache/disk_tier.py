@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from filelock import FileLock
 
-from lorafleet.cache.errors import TierFull
+from lorafleet.cache.errors import AdapterUnservable, TierFull
 from lorafleet.proto.messages import AdapterKey
 
 _RECORD_FILE = "download.json"
@@ -59,7 +59,12 @@ class DiskTier:
             yield
 
     def check_room(self, nbytes: int) -> None:
-        """Raises TierFull when a download of this size does not fit the budget."""
+        """Raises AdapterUnservable if the budget can never hold it, TierFull if it cannot now."""
+        if nbytes > self._budget:
+            raise AdapterUnservable(
+                f"The adapter's download has {nbytes} bytes; "
+                f"all downloads together may have {self._budget}."
+            )
         used = sum(download.nbytes for download in self.list())
         if used + nbytes > self._budget:
             raise TierFull(

@@ -1,16 +1,16 @@
 """What can go wrong with a request, and the HTTP status that says so.
 
-    RequestError
-    ├── InvalidRequest 422          a field is out of its range
-    ├── Overloaded 429              try again later
-    ├── AdapterError
-    │   ├── AdapterNotFound 404     the source has no such adapter
-    │   ├── AdapterForbidden 403    the source refuses this caller
-    │   ├── AdapterUnservable 422   the adapter is there and cannot be served: the sentence says why
-    │   ├── SourceUnavailable 502   the source is down
-    │   └── SourceTimeout 504       the source is too slow
-    ├── GenerationFailed 500        this sequence's computation went wrong
-    └── ShardLost 503               the group died under the request
+RequestError
+├── InvalidRequest 422          a field is out of its range
+├── Overloaded 429              try again later
+├── AdapterError
+│   ├── AdapterNotFound 404     the source has no such adapter
+│   ├── AdapterForbidden 403    the source refuses this caller
+│   ├── AdapterUnservable 422   the adapter is there and cannot be served: the sentence says why
+│   ├── SourceUnavailable 502   the source is down
+│   └── SourceTimeout 504       the source is too slow
+├── GenerationFailed 500        this sequence's computation went wrong
+└── ShardLost 503               the group died under the request
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -40,9 +41,8 @@ def main() -> int:
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
     service = ShardService()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: service.stop())
-    watch_parent(service.stop)
+    _stop_on_signals(service)
+    watch_parent(lambda: os._exit(0))  # nobody is left to answer to
     server = service.listen(config.listen)
     try:
         return _serve(config, service)
@@ -51,6 +51,16 @@ def main() -> int:
         return 2
     finally:
         server.stop(_STOP_SECONDS).wait()
+
+
+def _stop_on_signals(service: ShardService) -> None:
+    def stop(*_: object) -> None:
+        service.stop()
+        if not service.is_open:
+            raise SystemExit(0)  # still loading: there is no step to finish
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
 
 
 def _serve(config: ShardConfig, service: ShardService) -> int:

@@ -10,6 +10,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 
 from lorafleet.shard.errors import BadCheckpoint
@@ -20,11 +25,21 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 
 def locate(model_id: str, revision: str) -> Path:
-    """The folder of a model: `model_id` itself if it is one, else a download of the hub's."""
+    """The folder of a model: `model_id` itself if it is one, else a download of the hub's.
+
+    Raises BadCheckpoint when there is neither.
+    """
     if Path(model_id).is_dir():
         return Path(model_id)
     name, _, pinned = model_id.partition("@")
-    return Path(snapshot_download(name, revision=revision or pinned or None, allow_patterns=_FILES))
+    try:
+        return Path(
+            snapshot_download(name, revision=revision or pinned or None, allow_patterns=_FILES)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise BadCheckpoint(
+            f"--model-id {model_id} is not a directory, and the hub says: {error}"
+        ) from error
 
 
 class Checkpoint:

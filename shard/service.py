@@ -49,6 +49,11 @@ class ShardService(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
         self._health = health.HealthServicer()
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the weights are loaded and every RPC answers."""
+        return self._info is not None
+
     def listen(self, address: str) -> grpc.Server:
         """Starts the server. Raises RuntimeError when the address cannot be bound."""
         server = grpc.server(ThreadPoolExecutor(_MAX_THREADS), options=_OPTIONS)

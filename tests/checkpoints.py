@@ -108,7 +108,7 @@ def make_adapters(model_directory: Path, root: Path, recipes: tuple[Recipe, ...]
         targets = {_FUSED.get(t, t) if fused else t for t in recipe.targets}
         config = LoraConfig(
             r=recipe.rank,
-            lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # peft scales by any number
+            lora_alpha=recipe.alpha,  # peft scales by any number
             target_modules=sorted(targets),
             task_type="CAUSAL_LM",
             **recipe.options,

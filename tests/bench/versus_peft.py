@@ -50,7 +50,8 @@ def compare(case: Case) -> dict[str, Any]:
     with running_service(flags) as url:
         served = asyncio.run(_measure(url, warm_up, mixed, base))
     outcomes = [*served.mixed[0], *served.base[0][:CHECKED_BASE_REQUESTS]]
-    _check_answers(tokenizer, outcomes, expected)
+    prompts = [list(map(int, ask.prompt)) for ask in (*mixed, *base[:CHECKED_BASE_REQUESTS])]
+    _check_answers(tokenizer, prompts, outcomes, expected)
     return _numbers(case, peft["seconds"], served)
 
 
@@ -97,11 +98,15 @@ async def _measure(url: str, warm_up: list[Ask], mixed: list[Ask], base: list[As
 
 
 def _check_answers(
-    tokenizer: Tokenizer, outcomes: list[Outcome], expected: list[list[int]]
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    outcomes: list[Outcome],
+    expected: list[list[int]],
 ) -> None:
-    for outcome, ids in zip(outcomes, expected, strict=True):
+    """A text continues its prompt: it is what the whole sequence says beyond the prompt."""
+    for prompt, outcome, ids in zip(prompts, outcomes, expected, strict=True):
         assert not outcome.error, outcome.error
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+        text = tokenizer.decode(prompt + ids).removeprefix(tokenizer.decode(prompt))
         assert outcome.text == text, f"{outcome.adapter}: {outcome.text!r}, peft {text!r}"
 
 

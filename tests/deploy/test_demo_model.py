@@ -6,11 +6,13 @@ import io
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,24 +43,24 @@ def say() -> Say:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
         tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model")
-        model: Any = AutoModelForCausalLM.from_pretrained(folder / "model")
-        for name in NAMES:
-            model.load_adapter(str(folder / "adapters" / name), adapter_name=name)
+        base = AutoModelForCausalLM.from_pretrained(folder / "model")
+        first, *others = NAMES
+        model: Any = PeftModel.from_pretrained(base, folder / "adapters" / first, first)
+        for name in others:
+            model.load_adapter(folder / "adapters" / name, name)
 
     def answer(prompt: str | list[dict[str, str]], adapter: str) -> str:
         if isinstance(prompt, str):
             ids = tokenizer(prompt).input_ids
         else:
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True).input_ids
-        if adapter == "base":
-            model.disable_adapters()
-        else:
-            model.enable_adapters()
-            model.set_adapter(adapter)
         prompt_ids = torch.tensor([ids])
         mask = torch.ones_like(prompt_ids)
-        new = model.generate(prompt_ids, attention_mask=mask, max_new_tokens=100, do_sample=False)
-        new = new[0, len(ids) :].tolist()
+        options = {"attention_mask": mask, "max_new_tokens": 100, "do_sample": False}
+        if adapter != "base":
+            model.set_adapter(adapter)
+        with nullcontext() if adapter != "base" else model.disable_adapter():
+            new = model.generate(input_ids=prompt_ids, **options)[0, len(ids) :].tolist()
         assert new[-1] == tokenizer.eos_token_id, tokenizer.decode(new)
         text: str = tokenizer.decode(new, skip_special_tokens=True)
         return text.strip()

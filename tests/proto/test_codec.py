@@ -10,7 +10,7 @@ import pytest
 from lorafleet.proto import messages, shard_pb2
 from lorafleet.proto.codec import decode, deserializer, encode, serialize
 
-MESSAGES = [
+MESSAGES: list[type] = [
     kind
     for kind in vars(messages).values()
     if is_dataclass(kind) and kind.__module__ == messages.__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def expected_distribution(
     processors = LogitsProcessorList()
     if params.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-    scores = processors(tokens.unsqueeze(0), scores.unsqueeze(0))
+    ids = cast(torch.LongTensor, tokens.unsqueeze(0))
+    scores = processors(ids, scores.unsqueeze(0))
     counts = torch.bincount(tokens[PROMPT:], minlength=VOCAB)
     scores = scores - counts * params.frequency_penalty - (counts > 0) * params.presence_penalty
     warpers = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
@@ -70,7 +72,7 @@ def expected_distribution(
         warpers.append(TopPLogitsWarper(params.top_p))
     if params.typical_p < 1:
         warpers.append(TypicalLogitsWarper(params.typical_p))
-    return warpers(tokens.unsqueeze(0), scores).softmax(-1)[0]
+    return warpers(ids, scores).softmax(-1)[0]
 
 
 @pytest.mark.parametrize("params", [p for p in VARIED if p.temperature > 0], ids=str)

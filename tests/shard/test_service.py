@@ -64,7 +64,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shard]:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment) as process:
         _check_events(process)
         with grpc.insecure_channel(address) as channel:
-            stub = shard_pb2_grpc.ShardStub(channel)  # type: ignore[no-untyped-call]
+            stub = shard_pb2_grpc.ShardStub(channel)
             yield Shard(process, channel, stub, model, folder / "adapters")
         assert process.stdin is not None
         process.stdin.close()  # as when the launcher is gone
@@ -177,7 +177,7 @@ def test_a_newer_stream_fences_off_the_older(shard: Shard) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         older.step(prefill())
     assert caught.value.code() == grpc.StatusCode.ABORTED
-    assert "newer stream" in caught.value.details()
+    assert "newer stream" in str(caught.value.details())
     again = Stream(shard)
     assert generate(again, 3) == tokens
     again.close()
