@@ -59,9 +59,13 @@ async def models(request: web.Request) -> web.Response:
     info = service.engine.info
     card = {"object": "model", "created": service.started_at, "owned_by": "lorafleet"}
     base = {"root": info.model_id, "parent": None, "max_model_len": info.max_model_len}
+    tiers = {status.key: status.tier for status in service.engine.stats().adapters}
     adapters = [
-        card | {"id": key, "root": key, "parent": info.model_id}
-        for key in sorted({adapter.key.id for adapter in await service.engine.adapters()})
+        card
+        | {"id": str(adapter.key), "root": adapter.key.id, "parent": info.model_id}
+        | {"source": adapter.key.source, "rank": adapter.rank}
+        | {"tier": tiers.get(adapter.key, adapter.tier).name.lower()}
+        for adapter in await service.engine.adapters()
     ]
     data = [card | {"id": info.model_id} | base, *adapters]
     return web.json_response({"object": "list", "data": data})

@@ -39,7 +39,7 @@ class Site(nn.Module):
         self.layout = layout
         self.widths = [target.out_local for target in layout.targets]
         rows, columns = sum(self.widths), layout.targets[0].in_local
-        self.weight = _parameter((rows, columns), dtype, device)
+        self.weight = _matrix(rows, columns, dtype, device)
         self.bias = _parameter((rows,), dtype, device) if has_bias else None
         self._lora: LoraState | None = None
         self._adapters: SiteWeights | None = None
@@ -162,6 +162,17 @@ class VocabHead(nn.Module):
         width = -(-self._vocab_size // self._group.size)
         padded = F.pad(local, (0, width - local.shape[1]))  # the last rank may have fewer
         return self._group.all_gather_columns(padded)[:, : self._vocab_size].float()
+
+
+def _matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """A weight [rows, columns] for x @ W^T; laid out as W^T on CPU, whose GEMM is faster so.
+
+    Measured with few rows of x, where a step spends its time: docs/benchmarks.md.
+    """
+    if device.type == "cpu":
+        transposed = torch.empty(columns, rows, dtype=dtype, device=device)
+        return nn.Parameter(transposed.t(), requires_grad=False)
+    return _parameter((rows, columns), dtype, device)
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -108,7 +108,8 @@ def _add_batched_(y: torch.Tensor, x: torch.Tensor, stack: SlotWeights, rows: Pa
     for part in stack.parts:
         part_h, part_y = h[:, :, part.h_start : part.h_stop], y[:, part.y_start : part.y_stop]
         if isinstance(rows.tokens, slice):
-            part_y[rows.tokens].unflatten(0, grid).baddbmm_(part_h, part.b)
+            # Not baddbmm_, which goes matrix by matrix where y's part is not contiguous.
+            part_y[rows.tokens].add_(torch.bmm(part_h, part.b).flatten(0, 1))
         else:
             added = torch.bmm(part_h, part.b).flatten(0, 1)
             part_y.index_add_(0, rows.owners, added[rows.kept])

@@ -333,6 +333,9 @@ async def test_models_lists_the_base_and_known_adapters() -> None:
     assert before[0]["parent"] is None
     assert before[0]["max_model_len"] == 2048
     assert [(model["id"], model["parent"]) for model in after[1:]] == [("adapter-2", "fake")]
+    assert after[1]["source"] == "local"
+    assert after[1]["tier"] == "device"
+    assert after[1]["rank"] > 0
     assert {model["object"] for model in after} == {"model"}
 
 
