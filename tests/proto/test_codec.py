@@ -10,10 +10,10 @@ import pytest
 from lorafleet.proto import messages, shard_pb2
 from lorafleet.proto.codec import decode, deserializer, encode, serialize
 
-MESSAGES: list[type] = [
+MESSAGES = [
     kind
     for kind in vars(messages).values()
-    if is_dataclass(kind) and kind.__module__ == messages.__name__
+    if isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == messages.__name__
 ]
 
 
