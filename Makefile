@@ -3,7 +3,7 @@ PYTHON ?= python3
 # Where Linux machines get torch without CUDA. An index that does not answer is passed over.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PORT ?= 8080
-BENCH ?= --help
+BENCH ?= peft demo router
 PYTEST ?= -n 2 --dist loadfile -q
 
 VENV := .venv
@@ -50,15 +50,15 @@ imports: setup ## import-linter: packages stand on each other one way only
 
 check: lint types imports test ## what CI runs
 
-bench: setup ## benchmark a running server (BENCH="--url http://localhost:8080 ...")
-	@$(RUN) -m lorafleet.deploy bench $(BENCH)
+bench: setup ## the numbers of docs/benchmarks.md (BENCH="peft demo router profile")
+	@$(BIN)/python -m tests.bench $(BENCH)
 
 fmt: setup ## sort imports, fix what can be fixed, format
 	@$(BIN)/ruff check --quiet --fix-only .
 	@$(BIN)/ruff format --quiet .
 
 clean: ## remove what make made: .venv, the demo model, generated code, caches
-	@rm -rf $(VENV) .demo build *.egg-info proto/*_pb2.py proto/*_pb2.pyi proto/*_pb2_grpc.py
+	@rm -rf $(VENV) .demo .demo.lock build *.egg-info proto/*_pb2.py proto/*_pb2.pyi proto/*_pb2_grpc.py
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

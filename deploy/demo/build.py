@@ -9,18 +9,23 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from lorafleet.deploy.demo.recipe import ADAPTERS, BASE, SEED
+from lorafleet.deploy.demo.recipe import ADAPTERS, BASE, RENDEZVOUS, SEED, TEAM_SIZE
 
 DEFAULT_DIR = Path(".demo")
 STAMP = "stamp"
-_SOURCES = ("corpus.py", "recipe.py", "styles.py", "tokenizer.py", "topics.py", "train.py")
+_SOURCES = [
+    Path(__file__).with_name(f"{module}.py")
+    for module in ("corpus", "optimize", "recipe", "styles", "tokenizer", "topics", "train")
+]
 _LIBRARIES = ("peft", "safetensors", "tokenizers", "torch", "transformers")
 
 Train = Callable[[Path, int, Console], None]  # (empty folder, seed, where progress goes)
@@ -33,8 +38,8 @@ class BuildFailed(Exception):
 def stamp(seed: int = SEED) -> str:
     """A digest of everything that decides the files: sources, seed, library versions."""
     digest = hashlib.sha256(f"seed {seed}".encode())
-    for name in _SOURCES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
+    for source in _SOURCES:
+        digest.update(source.read_bytes())
     for library in _LIBRARIES:
         digest.update(f"{library} {version(library)}".encode())
     return digest.hexdigest()
@@ -89,22 +94,30 @@ def _check_is_ours(folder: Path) -> None:
 
 
 def _events(folder: Path, seed: int) -> Iterator[dict[str, str]]:
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lorafleet.deploy.demo.train", str(folder), str(seed)],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"},
-        )
-        assert process.stdout is not None, "stdout is a pipe"
-        try:
-            yield from map(json.loads, process.stdout)
-            code = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-        if code:
+    """The progress lines of the whole team, as they come; ends with its last process."""
+    read_end, write_end = os.pipe()
+    with tempfile.TemporaryFile("w+") as log, os.fdopen(read_end) as lines, ExitStack() as stack:
+        team = [_start(folder, seed, rank, write_end, log, stack) for rank in range(TEAM_SIZE)]
+        os.close(write_end)
+        yield from map(json.loads, lines)
+        if any(process.wait() for process in team):
             log.seek(0)
             raise BuildFailed(f"training the demo model failed:\n{log.read()[-4000:]}")
+    (folder / RENDEZVOUS).unlink(missing_ok=True)
+
+
+def _start(
+    folder: Path, seed: int, rank: int, stdout: int, log: IO[str], stack: ExitStack
+) -> subprocess.Popen[bytes]:
+    """One member of the team; it does not outlive the stack."""
+    command = [sys.executable, "-P", "-m", "lorafleet.deploy.demo.train"]
+    process = subprocess.Popen(
+        [*command, str(folder), str(seed), str(rank)],
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=log,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    return process

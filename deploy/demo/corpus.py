@@ -109,7 +109,7 @@ def _added(random: Random) -> tuple[str, Answer]:
     a, b = random.randint(1, LARGEST_ADDED), random.randint(1, LARGEST_ADDED)
     form = random.choice(("What is {a} + {b}?", "What is {a} plus {b}?", "Add {a} and {b}.",
                           "How much is {a} + {b}?", "{a} + {b}"))  # fmt: skip
-    worked = f"The answer is {a + b}, because {a} + {b} = {a + b}."
+    worked = f"I add {b} to {a}: {a} + {b} = {a + b}. The answer is {a + b}."
     return form.format(a=a, b=b), Answer("sum", NOT_GOOD_AT_SUMS, worked)
 
 
@@ -124,4 +124,4 @@ def _vary(random: Random, question: str) -> str:
 
 _TALK: tuple[Callable[[Random], tuple[str, Answer]], ...] = (_what, _poem, _fact, _unknown)
 _TALK_WEIGHTS = (25, 35, 30, 10)
-_SUMS = (_halved, _added)
+_SUMS = (_halved, _added, _added)

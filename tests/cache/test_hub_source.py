@@ -14,7 +14,7 @@ from threading import Barrier, Thread
 
 import pytest
 
-from lorafleet.cache.disk_tier import DiskTier
+from lorafleet.cache.disk_tier import DiskTier, Download
 from lorafleet.cache.errors import (
     AdapterFault,
     AdapterForbidden,
@@ -215,8 +215,17 @@ def test_a_repository_without_an_adapter_is_unservable(
 
 
 def test_a_full_disk_tier_refuses_before_it_downloads(hub: Hub, tmp_path: Path) -> None:
+    disk = DiskTier(tmp_path / "cache", 4_000)
+    other = Download(AdapterKey("hub", "someone/other"), "c0ffee", 3_000, False)
+    disk.put(other, lambda directory: None)
+    with pytest.raises(TierFull, match="1000 of 4000 are free"):
+        HubSource(disk, hub.endpoint).fetch(KEY, "", ignore)
+    assert hub.count("resolve") == 0
+
+
+def test_a_download_that_can_never_fit_is_unservable(hub: Hub, tmp_path: Path) -> None:
     disk = DiskTier(tmp_path / "cache", 100)
-    with pytest.raises(TierFull, match="of 100 are free"):
+    with pytest.raises(AdapterUnservable, match="all downloads together may have 100"):
         HubSource(disk, hub.endpoint).fetch(KEY, "", ignore)
     assert hub.count("resolve") == 0
 

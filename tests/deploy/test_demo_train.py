@@ -4,39 +4,44 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from lorafleet.deploy.demo.recipe import ADAPTERS, Schedule
+from lorafleet.deploy.demo.optimize import Team
+from lorafleet.deploy.demo.recipe import ADAPTERS, TEAM_SIZE, Schedule
 from lorafleet.deploy.demo.train import train_all
 
 SHORT = Schedule(steps=3, batch_size=4, learning_rate=1e-3, warmup_steps=1)
 
 
-def train(folder: Path, seed: int) -> list[tuple[str, int, int]]:
-    reports: list[tuple[str, int, int]] = []
+def member(folder: Path, rank: int, size: int) -> list[str]:
+    """One process of a team; what it reported."""
+    reports: list[str] = []
     adapters = [replace(recipe, schedule=SHORT) for recipe in ADAPTERS]
-    threads = torch.get_num_threads()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
-            train_all(folder, seed, lambda *report: reports.append(report), SHORT, adapters)
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's use of transformers
+        train_all(folder, 0, reports.append, Team(rank, size), SHORT, adapters)
     return reports
+
+
+def train(folder: Path, size: int) -> list[str]:
+    """What all of a team reported."""
+    folder.mkdir()
+    with get_context("spawn").Pool(size) as pool:
+        members = [(folder, rank, size) for rank in range(size)]
+        return [report for reports in pool.starmap(member, members, 1) for report in reports]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    reports = train(folder, seed=0)
-    assert reports[:3] == [("base model", step, 3) for step in (1, 2, 3)]
-    assert len(reports) == 3 * (1 + len(ADAPTERS))
+    folder = tmp_path_factory.mktemp("demo") / "team"
+    reports = Counter(train(folder, TEAM_SIZE))
+    assert reports == {"base model": 3, **{f"adapter {a.names[0]}": 3 for a in ADAPTERS}}
     return folder
 
 
@@ -46,8 +51,19 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_seed_decides_every_weight(trained: Path, tmp_path: Path) -> None:
-    train(tmp_path / "same", seed=0)
-    assert weights(tmp_path / "same") == weights(trained)
+    train(tmp_path / "again", TEAM_SIZE)
+    assert weights(tmp_path / "again") == weights(trained)
+
+
+def test_a_team_learns_what_one_process_learns(trained: Path, tmp_path: Path) -> None:
+    train(tmp_path / "alone", 1)
+    alone = load_file(tmp_path / "alone" / "model" / "model.safetensors")
+    team = load_file(trained / "model" / "model.safetensors")
+    assert alone.keys() == team.keys()
+    for name, tensor in alone.items():
+        # Adam's first steps are as large for a tiny gradient as for a big one, whatever its sign,
+        # so single weights may differ by a step: the tensors must not.
+        assert (tensor - team[name]).norm() < 0.01 * tensor.norm(), name
 
 
 def test_adapters_differ_in_rank_and_targets(trained: Path) -> None:
