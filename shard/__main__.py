@@ -80,10 +80,10 @@ def _run(shard: LoadedShard, service: ShardService) -> None:
     try:
         shard.worker.run(service.work)
     except Exception:
-        # Healthy or gone: ranks that wait for this one in a collective must not hang.
+        # Healthy or gone: no RPC thread may keep this process, nor a rank that waits for it.
         log.exception("the compute loop failed; this shard exits")
-        sys.stderr.flush()
-        raise
+        logging.shutdown()
+        os._exit(1)
 
 
 def _progress(rank: int) -> Any:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -201,3 +201,20 @@ def test_a_bad_adapter_is_an_answer_not_a_failure(
     stream = Stream(shard)
     assert len(generate(stream, 2)) == 2
     stream.close()
+
+
+def test_an_error_in_the_compute_loop_ends_the_process(shard: Shard, tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/shard.sock"
+    command = [sys.executable, "-P", "-m", "lorafleet.shard", f"--model-id={shard.model}"]
+    command.append(f"--listen={address}")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe) as process:
+        _check_events(process)
+        with grpc.insecure_channel(address) as channel:
+            own = replace(shard, process=process, channel=channel)
+            stream = Stream(replace(own, stub=shard_pb2_grpc.ShardStub(channel)))
+            with pytest.raises(grpc.RpcError):  # an adapter that is not in host memory
+                stream.step(StepPlan(1, moves=[AdapterMove(AdapterKey("local", "x"), 1, 0)]))
+        assert process.wait(30) == 1
+        assert process.stderr is not None
+        assert b"step 1 failed: 0 starts, 1 moves" in process.stderr.read()
