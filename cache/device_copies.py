@@ -5,7 +5,9 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 # (destination, source): contiguous tensors of one dtype and size.
 Copies = list[tuple[torch.Tensor, torch.Tensor]]
@@ -59,7 +61,15 @@ class _ThreadCopy:
 
 def _copy_all(copies: Copies) -> None:
     for destination, source in copies:
-        destination.copy_(source)
+        # By numpy, on this thread alone. torch would start OpenMP threads for it, and with more of
+        # them than cores libgomp puts the compute's threads to sleep between operations.
+        _bytes(destination)[...] = _bytes(source)
+
+
+def _bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """The tensor's memory."""
+    memory: NDArray[np.uint8] = tensor.view(torch.uint8).numpy()
+    return memory
 
 
 class _StreamCopier:

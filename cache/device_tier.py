@@ -46,6 +46,7 @@ class DeviceTier:
             num_slots + 1, num_sites, ROW_WIDTH, dtype=torch.int64, device=device
         )
         self._rows: list[list[SiteRow]] = [[EMPTY_ROW] * (num_slots + 1) for _ in range(num_sites)]
+        self._ranks = [0] * (num_slots + 1)
         self._layout, self._num_slots = layout, num_slots
         self._copier = copier_for(device)
         self._moves: list[_Move] = []
@@ -72,12 +73,17 @@ class DeviceTier:
         rows = packed.form.rows_at(start)
         for site_rows, row in zip(self._rows, rows, strict=True):
             site_rows[slot] = row
+        self._ranks[slot] = max(rank for row in rows for rank in row[2::2])
         # Page-locked like the buffer, by torch, which keeps it until the copy is done.
         host_rows = torch.tensor(rows, pin_memory=self.arena.device.type == "cuda")
         copy = self._copier.start(
             [(self.arena[start:stop], packed.buffer), (self.table[slot], host_rows)]
         )
         self._moves.append(_Move(slot, copy, packed))
+
+    def rank(self, slot: int) -> int:
+        """The largest rank of a slot's adapter at any site; 0 for slot 0."""
+        return self._ranks[slot]
 
     def wait(self, slots: Iterable[int]) -> None:
         """Makes what is computed next see these slots' last move. Raises what broke a copy.

@@ -8,7 +8,7 @@ runs on any device.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,48 @@ class PrefillSpan:
     pages: torch.Tensor  # [n] int64, covering every position up to the last
 
 
+class AttentionKind(NamedTuple):
+    """What layers may differ in; each kind is planned by itself.
+
+    window: keys a token sees, its own included; None for all. softcap: of the scores.
+    """
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
+def attention_kind(module: Any) -> AttentionKind:
+    """How a transformers attention module calls the interface."""
+    if hasattr(module, "sliding_window"):  # families whose layers differ
+        window = module.sliding_window
+    else:
+        window = getattr(module.config, "sliding_window", None)
+    return AttentionKind(module.scaling, window, getattr(module, "attn_logit_softcapping", None))
+
+
+class PagedBatch(Protocol):
+    """Where a step's keys and values go, and attention over them."""
+
+    @property
+    def pool(self) -> KvPool:
+        """The pages."""
+
+    @property
+    def locations(self) -> torch.Tensor:
+        """[num_tokens] int64, where each token's key and value go in the pool."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Causal attention of [num_tokens, heads, head_dim] over stored keys and values."""
+
+
 @dataclass(slots=True)
 class AttentionBatch:
     """What attention needs of a step; built once, read by every layer.
@@ -46,6 +88,32 @@ class AttentionBatch:
     decode_pages: torch.Tensor
     decode_lengths: torch.Tensor
     masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Causal attention of [num_tokens, heads, head_dim] queries over their rows' pages.
+
+        Token i of a row sees keys j with i - window < j <= i.
+        """
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for index, span in enumerate(self.spans):
+            keys, values = self.pool.read(layer, span.pages)
+            mask = self.span_mask(index, window, query.dtype)
+            tokens = query[span.start : span.stop].transpose(0, 1)
+            attended = _attend_span(tokens, keys, values, mask, scaling, softcap)
+            output[span.start : span.stop] = attended
+        if self.decode_start < output.shape[0]:
+            keys, values = self.pool.read(layer, self.decode_pages)
+            mask = self.decode_mask(window, query.dtype)
+            tokens = query[self.decode_start :]
+            output[self.decode_start :] = _attend_rows(tokens, keys, values, mask, scaling, softcap)
+        return output
 
     def span_mask(self, index: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask [tokens, keys] of a prefill span, made once for all layers."""
@@ -76,29 +144,18 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     *,
-    paged: AttentionBatch,
+    paged: PagedBatch,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of a step's tokens over their rows' pages.
+    """Attention as transformers calls it: what the step's batch makes of a layer's tokens.
 
     query: [1, heads, num_tokens, head_dim]; key, value: [1, kv_heads, num_tokens, head_dim], stored
-    before anything is read. Token i of a row sees keys j with i - sliding_window < j <= i.
-    Returns [1, num_tokens, heads, head_dim].
+    before anything is read. Returns [1, num_tokens, heads, head_dim].
     """
-    layer, pool = module.layer_idx, paged.pool
-    pool.write(layer, paged.locations, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    output = torch.empty_like(query[0].transpose(0, 1), memory_format=torch.contiguous_format)
-    for index, span in enumerate(paged.spans):
-        keys, values = pool.read(layer, span.pages)
-        mask = paged.span_mask(index, sliding_window, query.dtype)
-        tokens = query[0, :, span.start : span.stop]
-        output[span.start : span.stop] = _attend_span(tokens, keys, values, mask, scaling, softcap)
-    if paged.decode_start < output.shape[0]:
-        keys, values = pool.read(layer, paged.decode_pages)
-        mask = paged.decode_mask(sliding_window, query.dtype)
-        tokens = query[0, :, paged.decode_start :].transpose(0, 1)
-        output[paged.decode_start :] = _attend_rows(tokens, keys, values, mask, scaling, softcap)
-    return output.unsqueeze(0), None
+    layer = module.layer_idx
+    paged.pool.write(layer, paged.locations, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    rows = query[0].transpose(0, 1)
+    return paged.attend(layer, rows, scaling, sliding_window, softcap).unsqueeze(0), None
 
 
 def _attend_span(

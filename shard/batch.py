@@ -9,10 +9,12 @@ import torch
 
 from lorafleet.kernels.lora.op import LoraBatch
 from lorafleet.proto.messages import StepPlan
-from lorafleet.shard.attention import AttentionBatch, PrefillSpan
+from lorafleet.shard.attention import AttentionBatch, PagedBatch, PrefillSpan
 from lorafleet.shard.config import PAGE_SIZE
+from lorafleet.shard.flash_attention import FlashAttention, RowPages
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.rows import RowTable
+from lorafleet.shard.transfers import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,31 +23,42 @@ class Batch:
 
     token_ids, positions: [T] int64. sample_tokens: [S] int64, indices into T of the last tokens of
     the sampling rows. sample_rows: those rows; sample_positions: where their new tokens will stand.
+    spans: the prefill rows.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
-    paged: AttentionBatch
+    paged: PagedBatch
+    spans: list[PrefillSpan]
     lora: LoraBatch
     sample_tokens: torch.Tensor
     sample_rows: list[int]
     sample_positions: list[int]
 
 
-def build_batch(plan: StepPlan, rows: RowTable, pool: KvPool) -> Batch:
-    """Tensors of a plan whose starts and pages `rows` already holds. At least one row."""
+def build_batch(
+    plan: StepPlan, rows: RowTable, pool: KvPool, flash: FlashAttention | None = None
+) -> Batch:
+    """Tensors of a plan whose starts and pages `rows` already holds. At least one row.
+
+    Attention is planned with `flash` where there is one, and is plain torch otherwise.
+    """
     device = rows.device
     stops = list(accumulate(plan.token_counts))
     columns = torch.tensor([plan.rows, plan.first_positions, plan.token_counts, plan.slots])
     token_rows, positions, row_slots = _per_token(columns, stops)
-    token_rows, positions = token_rows.to(device), positions.to(device)
+    token_rows, positions = to_device(token_rows, device), to_device(positions, device)
+    spans = _spans(plan, rows, stops)
     picked = [i for i, samples in enumerate(plan.samples) if samples]
     return Batch(
         token_ids=rows.tokens[token_rows, positions],
         positions=positions,
-        paged=_attention_batch(plan, rows, pool, token_rows, positions, stops),
-        lora=LoraBatch(row_slots.to(device), _segments(plan.slots, plan.token_counts)),
-        sample_tokens=torch.tensor([stops[i] - 1 for i in picked], dtype=torch.int64).to(device),
+        paged=_paged_batch(plan, rows, pool, flash, spans, token_rows, positions),
+        spans=spans,
+        lora=LoraBatch(to_device(row_slots, device), _segments(plan.slots, plan.token_counts)),
+        sample_tokens=to_device(
+            torch.tensor([stops[i] - 1 for i in picked], dtype=torch.int64), device
+        ),
         sample_rows=[plan.rows[i] for i in picked],
         sample_positions=[plan.first_positions[i] + plan.token_counts[i] for i in picked],
     )
@@ -64,30 +77,45 @@ def _per_token(
     return rows.repeat_interleave(counts), positions, slots.repeat_interleave(counts).int()
 
 
-def _attention_batch(
-    plan: StepPlan,
-    rows: RowTable,
-    pool: KvPool,
-    token_rows: torch.Tensor,
-    positions: torch.Tensor,
-    stops: list[int],
-) -> AttentionBatch:
-    pages = rows.page_table[token_rows, positions // PAGE_SIZE]
+def _spans(plan: StepPlan, rows: RowTable, stops: list[int]) -> list[PrefillSpan]:
     spans = []
     for i in range(plan.num_prefills):
         first, count = plan.first_positions[i], plan.token_counts[i]
         held = rows.page_table[plan.rows[i], : rows.pages_for(first + count)]
         spans.append(PrefillSpan(stops[i] - count, stops[i], first, held))
-    decode_start = stops[plan.num_prefills - 1] if plan.num_prefills else 0
+    return spans
+
+
+def _paged_batch(
+    plan: StepPlan,
+    rows: RowTable,
+    pool: KvPool,
+    flash: FlashAttention | None,
+    spans: list[PrefillSpan],
+    token_rows: torch.Tensor,
+    positions: torch.Tensor,
+) -> PagedBatch:
+    pages = rows.page_table[token_rows, positions // PAGE_SIZE]
+    locations = pages * PAGE_SIZE + positions % PAGE_SIZE
+    if flash is not None:
+        return flash.mixed(locations, _row_pages(plan, rows))
+    decode_start = spans[-1].stop if spans else 0
     longest = max(plan.first_positions[plan.num_prefills :], default=0) + 1
     return AttentionBatch(
         pool=pool,
-        locations=pages * PAGE_SIZE + positions % PAGE_SIZE,
+        locations=locations,
         spans=spans,
         decode_start=decode_start,
         decode_pages=rows.page_table[token_rows[decode_start:], : rows.pages_for(longest)],
         decode_lengths=positions[decode_start:] + 1,
     )
+
+
+def _row_pages(plan: StepPlan, rows: RowTable) -> RowPages:
+    pairs = zip(plan.first_positions, plan.token_counts, strict=True)
+    lengths = [first + count for first, count in pairs]
+    pages = [rows.pages(row, length) for row, length in zip(plan.rows, lengths, strict=True)]
+    return RowPages(plan.token_counts, lengths, pages)
 
 
 def _segments(slots: list[int], counts: list[int]) -> tuple[tuple[int, int, int], ...]:

@@ -21,6 +21,12 @@ class ShardConfig:
         "serving dtype; auto takes the checkpoint's",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    load_format: str = flag(
+        "auto",
+        "auto reads the checkpoint's safetensors; dummy makes random weights from config.json alone, "
+        "to measure speed without a checkpoint",
+        choices=("auto", "dummy"),
+    )
     device: str = flag(
         "auto",
         "where shards compute; auto takes cuda when there is one",
@@ -41,6 +47,9 @@ class ShardConfig:
         "KV cache bytes per shard; 0 = 1GiB on CPU, on CUDA what cuda_memory_fraction leaves",
     )
     cuda_memory_fraction: float = flag(0.9, "share of a CUDA device's memory to use")
+    cuda_graphs: bool = flag(
+        True, "on CUDA, replay decode steps as captured graphs; false = launch every kernel"
+    )
     max_active_adapters: int = flag(1024, "adapters that can be on the device at once")
     adapter_device_bytes: Bytes = flag(
         Bytes(0),

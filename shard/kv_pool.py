@@ -8,7 +8,10 @@ from lorafleet.shard.config import PAGE_SIZE
 
 
 class KvPool:
-    """Keys and values: each [num_layers, num_pages, page_size, kv_heads, head_dim]."""
+    """Keys and values: each [num_layers, num_pages + 1, page_size, kv_heads, head_dim].
+
+    The last page, `scratch_page`, is nobody's: what padding stores goes there.
+    """
 
     def __init__(
         self,
@@ -19,7 +22,8 @@ class KvPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_layers, num_pages, PAGE_SIZE, num_kv_heads, head_dim)
+        self.scratch_page = num_pages
+        shape = (num_layers, num_pages + 1, PAGE_SIZE, num_kv_heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorafleet.cache.layout import LoraSite
+from lorafleet.kernels.linear.op import linear, prepack
 from lorafleet.kernels.lora.op import LoraBatch, lora_add_
 from lorafleet.kernels.lora.weights import SiteWeights
 from lorafleet.shard.group import Group
@@ -39,14 +40,26 @@ class Site(nn.Module):
         self.layout = layout
         self.widths = [target.out_local for target in layout.targets]
         rows, columns = sum(self.widths), layout.targets[0].in_local
-        self.weight = _matrix(rows, columns, dtype, device)
+        self.weight = _parameter((rows, columns), dtype, device)
         self.bias = _parameter((rows,), dtype, device) if has_bias else None
         self._lora: LoraState | None = None
         self._adapters: SiteWeights | None = None
 
+    def prepack(self) -> None:
+        """Puts the loaded weight into the layout that is multiplied fastest."""
+        self.weight = nn.Parameter(prepack(self.weight), requires_grad=False)
+
     def attach(self, state: LoraState, adapters: SiteWeights) -> None:
         """Gives the site its adapters' weights and the step's rows."""
         self._lora, self._adapters = state, adapters
+
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, in_local] -> [num_tokens, out], adapters included."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`project` as transformers calls it: [1, num_tokens, in] -> [1, num_tokens, out]."""
+        return self.project(x[0]).unsqueeze(0)
 
     def add_lora_(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Adds each row's adapter to `y` [num_tokens, out_local], in place."""
@@ -63,12 +76,11 @@ class ColumnSite(Site):
         super().__init__(layout, has_bias, dtype, device)
         self._parts: tuple[torch.Tensor, ...] = ()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, num_tokens, in] -> [1, num_tokens, out_local]."""
-        rows = x[0]
-        y = F.linear(rows, self.weight, self.bias)
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, in] -> [num_tokens, out_local]."""
+        y = linear(rows, self.weight, self.bias)
         self.add_lora_(y, rows)
-        return y.unsqueeze(0)
+        return y
 
     def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """The output of member `index`; the first member computes all of them.
@@ -111,15 +123,14 @@ class RowSite(Site):
         super().__init__(layout, has_bias, dtype, device)
         self._group = group
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, num_tokens, in_local] -> [1, num_tokens, out]."""
-        rows = x[0]
-        y = F.linear(rows, self.weight)
+    def project(self, rows: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, in_local] -> [num_tokens, out], summed over the ranks."""
+        y = linear(rows, self.weight)
         self.add_lora_(y, rows)
         self._group.all_reduce_(y)
         if self.bias is not None:
             y += self.bias  # once, after the sum
-        return y.unsqueeze(0)
+        return y
 
 
 class VocabEmbedding(nn.Module):
@@ -154,25 +165,18 @@ class VocabHead(nn.Module):
         self.weight, self.bias = weight, bias
         self._vocab_size, self._group = vocab_size, group
 
+    def prepack(self) -> None:
+        """As a site's; an embedding that shares the weight keeps it as it was."""
+        self.weight = nn.Parameter(prepack(self.weight), requires_grad=False)
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> float32 logits [n, vocab_size], the same bits on every rank."""
-        local = F.linear(hidden, self.weight, self.bias)
+        local = linear(hidden, self.weight, self.bias)
         if self._group.size == 1:
             return local.float()
         width = -(-self._vocab_size // self._group.size)
         padded = F.pad(local, (0, width - local.shape[1]))  # the last rank may have fewer
         return self._group.all_gather_columns(padded)[:, : self._vocab_size].float()
-
-
-def _matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """A weight [rows, columns] for x @ W^T; laid out as W^T on CPU, whose GEMM is faster so.
-
-    Measured with few rows of x, where a step spends its time: docs/benchmarks.md.
-    """
-    if device.type == "cpu":
-        transposed = torch.empty(columns, rows, dtype=dtype, device=device)
-        return nn.Parameter(transposed.t(), requires_grad=False)
-    return _parameter((rows, columns), dtype, device)
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -15,14 +15,16 @@ from lorafleet.cache.store import AdapterStore
 from lorafleet.proto.messages import ShardInfo
 from lorafleet.shard.checkpoint import Checkpoint, locate
 from lorafleet.shard.config import PAGE_SIZE, ShardConfig
+from lorafleet.shard.decode_graphs import DecodeGraphs
 from lorafleet.shard.errors import UnsupportedModel
+from lorafleet.shard.flash_attention import FlashAttention
 from lorafleet.shard.group import Group
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.memory import MemoryPlan, plan_memory
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.tokenizer import eos_token_ids, tokenizer_config_json, tokenizer_json
-from lorafleet.shard.worker import Worker
+from lorafleet.shard.worker import FastPath, Worker
 
 log = logging.getLogger(__name__)
 
@@ -47,22 +49,21 @@ def load_shard(
     dtype = _dtype(config.dtype, model_config)
     max_len = _max_len(config.max_total_tokens, model_config)
     decoder = Decoder(model_config, group, dtype, device)
-    with Checkpoint(directory) as checkpoint:
-        decoder.load(checkpoint, progress)
+    if config.load_format == "dummy":
+        decoder.randomize(seed=0)
+    else:
+        with Checkpoint(directory) as checkpoint:
+            decoder.load(checkpoint, progress)
+    decoder.optimize(max_len)
     memory = plan_memory(config, decoder, max_len)
     adapters = DeviceTier(
         memory.arena_bytes, config.max_active_adapters, decoder.layout, dtype, device
     )
     decoder.attach_adapters(adapters.site)
     store = AdapterStore(config, decoder.layout, dtype, device)
-    worker = Worker(
-        decoder,
-        RowTable(config.max_batch_size, max_len, device),
-        _kv_pool(decoder, memory),
-        adapters,
-        store,
-        answers=group.rank == 0,
-    )
+    rows, pool = RowTable(config.max_batch_size, max_len, device), _kv_pool(decoder, memory)
+    fast = _fast_path(config, decoder, rows, pool)
+    worker = Worker(decoder, rows, pool, adapters, store, answers=group.rank == 0, fast=fast)
     return LoadedShard(worker, store, _describe(config, decoder, memory, max_len, directory))
 
 
@@ -76,6 +77,24 @@ def pick_device(name: str, rank: int) -> torch.device:
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def _fast_path(
+    config: ShardConfig, decoder: Decoder, rows: RowTable, pool: KvPool
+) -> FastPath | None:
+    """FlashInfer and captured graphs where the device, the dtype and the model have them."""
+    part = decoder.partition
+    if not FlashAttention.supports(decoder.dtype, decoder.device, part.head_dim):
+        if decoder.device.type == "cuda":
+            log.warning("attention in plain torch, no captured graphs: FlashInfer is not installed "
+                        "or has no kernels for %s and head size %d", decoder.dtype, part.head_dim)  # fmt: skip
+        return None
+    attention = FlashAttention(pool, decoder.attention_kinds, part.local_heads)
+    if not config.cuda_graphs:
+        return FastPath(attention, None)
+    graphs = DecodeGraphs(decoder, rows, attention)
+    graphs.capture_all()
+    return FastPath(attention, graphs)
 
 
 def _kv_pool(decoder: Decoder, memory: MemoryPlan) -> KvPool:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lorafleet.kernels.lora.op import LoraBatch
+from lorafleet.shard.attention import AttentionBatch, PrefillSpan
 from lorafleet.shard.config import PAGE_SIZE, ShardConfig
 from lorafleet.shard.errors import UnsupportedModel
 from lorafleet.shard.kv_pool import KvPool
@@ -13,6 +15,9 @@ from lorafleet.shard.model import Decoder
 
 _CPU_DEFAULT_BYTES = 1 << 30
 _ARENA_FRACTION = 0.1  # of a CUDA device; as LoRAX
+_TRIAL_ROW_TOKENS = 512
+# Captured graphs and attention's scratch, beside the activations that the trial step shows.
+_GRAPH_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +36,7 @@ def plan_memory(config: ShardConfig, decoder: Decoder, max_len: int) -> MemoryPl
         decoder.partition.head_dim, decoder.dtype,
     )  # fmt: skip
     pages = config.kv_pages or min(
-        _kv_bytes(config, decoder.device, arena) // per_page,
+        _kv_bytes(config, decoder, arena) // per_page,
         config.max_batch_size * -(-max_len // PAGE_SIZE),  # more could never be used
     )
     if pages < 1:
@@ -48,10 +53,42 @@ def _default_arena(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[1] * _ARENA_FRACTION)
 
 
-def _kv_bytes(config: ShardConfig, device: torch.device, arena: int) -> int:
+def _kv_bytes(config: ShardConfig, decoder: Decoder, arena: int) -> int:
     if config.kv_cache_bytes:
         return int(config.kv_cache_bytes)
-    if device.type == "cpu":
+    if decoder.device.type == "cpu":
         return _CPU_DEFAULT_BYTES
-    free, total = torch.cuda.mem_get_info(device)
-    return int(free - total * (1 - config.cuda_memory_fraction) - arena)
+    activations = _measure_activations(config, decoder)
+    free, total = torch.cuda.mem_get_info(decoder.device)
+    unused = total * (1 - config.cuda_memory_fraction)
+    return int(free - unused - arena - activations - _GRAPH_BYTES)
+
+
+@torch.inference_mode()
+def _measure_activations(config: ShardConfig, decoder: Decoder) -> int:
+    """Peak bytes of the largest step: a full prefill, and logits for a full batch."""
+    device, part = decoder.device, decoder.partition
+    count = config.max_batch_prefill_tokens
+    per_row = min(count, _TRIAL_ROW_TOKENS)
+    num_pages = -(-per_row // PAGE_SIZE)
+    pool = KvPool(
+        decoder.config.num_hidden_layers, num_pages, part.local_kv_heads, part.head_dim,
+        decoder.dtype, device,
+    )  # fmt: skip
+    positions = torch.arange(count, device=device) % per_row
+    pages = torch.arange(num_pages, device=device)
+    spans = [
+        PrefillSpan(start, min(start + per_row, count), 0, pages)
+        for start in range(0, count, per_row)
+    ]
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    paged = AttentionBatch(pool, positions, spans, count, none.unsqueeze(1), none)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    hidden = decoder.forward(torch.zeros_like(positions), positions, paged, LoraBatch.none(device))
+    rows = torch.zeros(config.max_batch_size, dtype=torch.int64, device=device)
+    decoder.logits(hidden[rows]).softmax(dim=-1)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del hidden, paged, pool
+    torch.cuda.empty_cache()
+    return peak

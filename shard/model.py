@@ -21,9 +21,10 @@ from lorafleet.cache.layout import LoraSite, ModelLayout
 from lorafleet.kernels.lora.op import LoraBatch
 from lorafleet.kernels.lora.weights import SiteWeights
 from lorafleet.shard import attention
-from lorafleet.shard.attention import AttentionBatch
+from lorafleet.shard.attention import AttentionKind, PagedBatch, attention_kind
 from lorafleet.shard.checkpoint import Checkpoint
 from lorafleet.shard.errors import BadCheckpoint, UnsupportedModel
+from lorafleet.shard.fused_layers import FusedLayers
 from lorafleet.shard.group import Group
 from lorafleet.shard.layers import (
     ColumnMember,
@@ -46,6 +47,9 @@ SUPPORTED = (
     "Gemma2ForCausalLM",
     "Phi3ForCausalLM",
 )
+
+
+_RANDOM_STD = 0.02
 
 
 def check_supported(config: Any) -> str:
@@ -109,6 +113,7 @@ class Decoder:
         self.partition = Partition.of(config, group.rank, group.size)
         self.dtype, self.device = dtype, device
         self._group = group
+        self._line: FusedLayers | None = None
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._lora = LoraState(LoraBatch.none(device))
         model = _on_meta(self.partition.local_config(config), dtype)
@@ -127,11 +132,14 @@ class Decoder:
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        paged: AttentionBatch,
+        paged: PagedBatch,
         lora: LoraBatch,
     ) -> torch.Tensor:
         """Hidden states [num_tokens, hidden] of a step's tokens; ids and positions [num_tokens]."""
         self._lora.batch = lora
+        if self._line is not None:
+            embedded = self._base.embed_tokens(token_ids.unsqueeze(0))[0]
+            return self._line.forward(embedded, positions, paged)
         output = self._base(
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
@@ -153,13 +161,41 @@ class Decoder:
 
         `progress(done_bytes, total_bytes)` is called as tensors arrive.
         """
-        weights = [*self._vocabulary_weights(), *self._site_weights(), *self._small_weights()]
+        weights = list(self._weights())
         total, done = sum(weight.parameter.nbytes for weight in weights), 0
         for weight in weights:
             weight.load(checkpoint)
             done += weight.parameter.nbytes
             progress(done, total)
         _buffers_to(self._base, self.device)
+
+    def randomize(self, seed: int) -> None:
+        """Fills every weight without a checkpoint: matrices from N(0, 0.02), vectors with ones."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        with torch.no_grad():
+            for weight in self._weights():
+                if weight.parameter.dim() > 1:
+                    weight.parameter.normal_(std=_RANDOM_STD, generator=generator)
+                else:
+                    weight.parameter.fill_(1)
+        _buffers_to(self._base, self.device)
+
+    def optimize(self, max_len: int) -> None:
+        """Prepares the loaded model for sequences of up to `max_len` tokens.
+
+        Weights are laid out as their device multiplies them fastest; layers that have the shape run
+        as FusedLayers.
+        """
+        for site in self.sites:
+            site.prepack()
+        self.head.prepack()
+        if FusedLayers.fits(self._base):
+            self._line = FusedLayers(self._base, max_len)
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """How each layer attends."""
+        return tuple(attention_kind(layer.self_attn) for layer in self._base.layers)
 
     def _swap_linears(self) -> list[Site]:
         sites: list[Site] = []
@@ -205,6 +241,11 @@ class Decoder:
         weight = lookup.weight if tied else self._empty(stop - start, self.partition.hidden_size)
         bias = self._empty(stop - start) if model.lm_head.bias is not None else None
         return VocabHead(weight, bias, self.partition.vocab_size, self._group)
+
+    def _weights(self) -> Iterator[Weight]:
+        yield from self._vocabulary_weights()
+        yield from self._site_weights()
+        yield from self._small_weights()
 
     def _vocabulary_weights(self) -> Iterator[Weight]:
         rows = (self.partition.vocab_range,)

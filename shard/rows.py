@@ -6,21 +6,24 @@ import torch
 
 from lorafleet.proto.messages import SamplingParams, SequenceStart, StepPlan
 from lorafleet.shard.config import PAGE_SIZE
+from lorafleet.shard.transfers import to_device
 
 
 class RowTable:
     """Tokens, pages and sampling parameters by row; owned by the compute thread.
 
-    tokens: [max_rows, max_len + 1] int64 on the device. A step reads its inputs here and writes
-    what it samples here, so generated tokens never travel to come back.
+    tokens: [max_rows + 1, max_len + 1] int64 on the device. A step reads its inputs here and writes
+    what it samples here, so generated tokens never travel to come back. The last row belongs to
+    the padding of captured steps.
     page_table: [max_rows, max_pages] int64 on the device.
     """
 
     def __init__(self, max_rows: int, max_len: int, device: torch.device) -> None:
-        self.device = device
-        self.tokens = torch.zeros(max_rows, max_len + 1, dtype=torch.int64, device=device)
+        self.device, self.max_rows = device, max_rows
+        self.tokens = torch.zeros(max_rows + 1, max_len + 1, dtype=torch.int64, device=device)
         max_pages = -(-max_len // PAGE_SIZE)
         self.page_table = torch.zeros(max_rows, max_pages, dtype=torch.int64, device=device)
+        self._host_pages = torch.zeros(max_rows, max_pages, dtype=torch.int32)
         self.sampling = [SamplingParams()] * max_rows
         self.num_prompt_tokens = [0] * max_rows
         self._num_pages = [0] * max_rows
@@ -32,7 +35,7 @@ class RowTable:
         self.num_prompt_tokens[row] = start.num_prompt_tokens
         self._num_pages[row] = 0
         ids = torch.tensor(start.token_ids, dtype=torch.int64)
-        self.tokens[row, : len(ids)] = ids.to(self.device, non_blocking=True)
+        self.tokens[row, : len(ids)] = to_device(ids, self.device)
 
     def append_pages(self, plan: StepPlan) -> None:
         """Extends the rows' page tables by the pages the plan brings."""
@@ -45,8 +48,14 @@ class RowTable:
                 columns += range(held, held + count)
                 self._num_pages[row] = held + count
         if rows:
-            index = torch.tensor([rows, columns, plan.pages]).to(self.device, non_blocking=True)
+            host = torch.tensor([rows, columns, plan.pages])
+            self._host_pages[host[0], host[1]] = host[2].int()
+            index = to_device(host, self.device)
             self.page_table[index[0], index[1]] = index[2]
+
+    def pages(self, row: int, length: int) -> torch.Tensor:
+        """The pages of a row's first `length` tokens: int32 on the host, a view."""
+        return self._host_pages[row, : self.pages_for(length)]
 
     def pages_for(self, length: int) -> int:
         """Pages that hold `length` tokens."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lorafleet.proto.messages import SamplingParams
+from lorafleet.shard.transfers import to_device
 
 _MASK64 = (1 << 64) - 1
 
@@ -38,17 +39,25 @@ def sample(
     tokens each row has. `history(indices, length)` gives the first `length` tokens of those of the
     S rows, [len(indices), length] int64.
     """
-    normalizer = torch.logsumexp(logits, dim=-1)
     scores = _penalize(logits, params, positions, num_prompt_tokens, history)
     tokens = scores.argmax(dim=-1)
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
     if drawn:
-        index = torch.tensor(drawn, device=logits.device)
+        index = to_device(torch.tensor(drawn), logits.device)
         uniforms = [uniform(params[i].seed, positions[i]) for i in drawn]
         picked = _draw(scores[index], [params[i] for i in drawn], uniforms)
         tokens = tokens.index_copy(0, index, picked)
-    logprobs = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - normalizer
-    return Draw(torch.where(torch.isfinite(normalizer), tokens, -1), logprobs)
+    return _draw_of(logits, tokens)
+
+
+def greedy(logits: torch.Tensor) -> Draw:
+    """The likeliest token of every row of [S, vocab] float32 logits."""
+    return _draw_of(logits, logits.argmax(dim=-1))
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    """Whether `greedy` draws what `sample` would."""
+    return not (params.temperature > 0 or _has_penalty(params))
 
 
 def top_logprobs(logits: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,6 +79,12 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def _draw_of(logits: torch.Tensor, tokens: torch.Tensor) -> Draw:
+    normalizer = torch.logsumexp(logits, dim=-1)
+    logprobs = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - normalizer
+    return Draw(torch.where(torch.isfinite(normalizer), tokens, -1), logprobs)
+
+
 def _penalize(
     logits: torch.Tensor,
     params: list[SamplingParams],
@@ -82,14 +97,15 @@ def _penalize(
     if not rows:
         return logits
     device = logits.device
-    lengths = torch.tensor([positions[i] for i in rows], device=device).unsqueeze(1)
-    prompts = torch.tensor([num_prompt_tokens[i] for i in rows], device=device).unsqueeze(1)
+    lengths = to_device(torch.tensor([positions[i] for i in rows]), device).unsqueeze(1)
+    asked = torch.tensor([num_prompt_tokens[i] for i in rows])
+    prompts = to_device(asked, device).unsqueeze(1)
     seen = history(rows, max(positions[i] for i in rows))
     place = torch.arange(seen.shape[1], device=device).unsqueeze(0)
     # Past a row's end stands its first token: it is in the history anyway.
     seen = torch.where(place < lengths, seen, seen[:, :1])
     generated = ((place >= prompts) & (place < lengths)).float()
-    index = torch.tensor(rows, device=device)
+    index = to_device(torch.tensor(rows), device)
     scores = _penalize_rows(logits[index], seen, generated, [params[i] for i in rows])
     return logits.index_copy(0, index, scores)
 
@@ -118,7 +134,7 @@ def _draw(
     if any(p.typical_p < 1 for p in params):
         scores = _keep_typical(scores, _column(scores, [p.typical_p for p in params]))
     cumulative = torch.softmax(scores, dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    point = torch.tensor(uniforms, dtype=torch.float64, device=scores.device).unsqueeze(1)
+    point = to_device(torch.tensor(uniforms, dtype=torch.float64), scores.device).unsqueeze(1)
     picked = torch.searchsorted(cumulative, point * cumulative[:, -1:], right=True).squeeze(1)
     return picked.clamp_(max=scores.shape[1] - 1)
 
@@ -127,7 +143,7 @@ def _keep_top_k(scores: torch.Tensor, top_k: list[int]) -> torch.Tensor:
     vocab = scores.shape[1]
     ks = [min(k or vocab, vocab) for k in top_k]
     best = scores.topk(max(ks), dim=-1).values
-    last = best.gather(1, torch.tensor(ks, device=scores.device).unsqueeze(1) - 1)
+    last = best.gather(1, to_device(torch.tensor(ks), scores.device).unsqueeze(1) - 1)
     return scores.masked_fill(scores < last, float("-inf"))
 
 
@@ -156,4 +172,4 @@ def _has_penalty(p: SamplingParams) -> bool:
 
 
 def _column(like: torch.Tensor, values: list[float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+    return to_device(torch.tensor(values, dtype=like.dtype), like.device).unsqueeze(1)

@@ -14,15 +14,26 @@ from lorafleet.cache.device_tier import DeviceTier
 from lorafleet.cache.store import AdapterStore
 from lorafleet.proto.messages import StepPlan, StepResult
 from lorafleet.shard.batch import Batch, build_batch
+from lorafleet.shard.decode_graphs import DecodeGraphs, DecodeStep
+from lorafleet.shard.flash_attention import FlashAttention
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
-from lorafleet.shard.sampling import sample, top_logprobs
+from lorafleet.shard.sampling import Draw, is_greedy, sample, top_logprobs
 from lorafleet.shard.streams import StepStream
+from lorafleet.shard.transfers import to_device, to_host
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.0002  # how often to look whether the device finished while waiting for a plan
+
+
+@dataclass(frozen=True, slots=True)
+class FastPath:
+    """What a CUDA device has instead of plain torch: planned attention, captured decode steps."""
+
+    attention: FlashAttention
+    graphs: DecodeGraphs | None
 
 
 @dataclass(slots=True)
@@ -55,10 +66,12 @@ class Worker:
         adapters: DeviceTier,
         store: AdapterStore,
         answers: bool,
+        fast: FastPath | None = None,
     ) -> None:
-        """`answers`: whether this rank sends results (rank 0)."""
+        """`answers`: whether this rank sends results (rank 0). `fast`: where the device has it."""
         self._decoder, self._rows, self._pool = decoder, rows, pool
         self._adapters, self._store, self._answers = adapters, store, answers
+        self._fast = fast
         self._launched: deque[Launched] = deque()
 
     def run(self, work: SimpleQueue[tuple[StepStream, StepPlan] | None]) -> None:
@@ -131,33 +144,61 @@ class Worker:
 
     def _compute(self, plan: StepPlan, launched: Launched) -> None:
         self._adapters.wait({slot for slot in plan.slots if slot})
-        batch = build_batch(plan, self._rows, self._pool)
+        graphs = self._fast.graphs if self._fast is not None else None
+        if graphs is not None and not plan.num_prefills and graphs.fits(len(plan.rows)):
+            self._replay(plan, graphs, launched)
+            return
+        flash = self._fast.attention if self._fast is not None else None
+        batch = build_batch(plan, self._rows, self._pool, flash)
         hidden = self._decoder.forward(batch.token_ids, batch.positions, batch.paged, batch.lora)
         if batch.sample_rows:
-            launched.columns |= self._sample(batch, hidden)
+            logits = self._decoder.logits(hidden[batch.sample_tokens])
+            draw = self._draw(logits, batch.sample_rows, batch.sample_positions)
+            launched.columns |= self._answer(logits, draw, batch.sample_rows)
         launched.columns |= self._prompt_logprobs(plan, batch, hidden)
 
-    def _sample(self, batch: Batch, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        logits = self._decoder.logits(hidden[batch.sample_tokens])
-        rows = batch.sample_rows
-        params = [self._rows.sampling[row] for row in rows]
-        index = torch.tensor(rows).to(self._rows.device, non_blocking=True)
+    def _replay(self, plan: StepPlan, graphs: DecodeGraphs, launched: Launched) -> None:
+        """A step of one token a row, as a captured graph."""
+        logits, draw = graphs.run(
+            DecodeStep(
+                plan.rows,
+                plan.first_positions,
+                plan.slots,
+                [
+                    self._rows.pages(row, first + 1)
+                    for row, first in zip(plan.rows, plan.first_positions, strict=True)
+                ],
+                max(map(self._adapters.rank, plan.slots)),
+            )
+        )
+        if not all(is_greedy(self._rows.sampling[row]) for row in plan.rows):
+            draw = self._draw(logits, plan.rows, [p + 1 for p in plan.first_positions])
+        launched.columns |= self._answer(logits, draw, plan.rows)
+
+    def _draw(self, logits: torch.Tensor, rows: list[int], positions: list[int]) -> Draw:
+        """Samples the tokens of `rows` and writes them to the row table at `positions`."""
+        index = to_device(torch.tensor(rows), self._rows.device)
         draw = sample(
             logits,
-            params,
-            batch.sample_positions,
+            [self._rows.sampling[row] for row in rows],
+            positions,
             [self._rows.num_prompt_tokens[row] for row in rows],
             lambda picked, length: self._rows.tokens[index[picked], :length],
         )
-        positions = torch.tensor(batch.sample_positions).to(self._rows.device, non_blocking=True)
-        self._rows.tokens[index, positions] = draw.tokens.clamp(min=0)
-        columns = {"tokens": _to_host(draw.tokens), "logprobs": _to_host(draw.logprobs)}
-        counts = [p.num_top_logprobs for p in params]
+        places = to_device(torch.tensor(positions), self._rows.device)
+        self._rows.tokens[index, places] = draw.tokens.clamp(min=0)
+        return draw
+
+    def _answer(self, logits: torch.Tensor, draw: Draw, rows: list[int]) -> dict[str, torch.Tensor]:
+        columns = {"tokens": to_host(draw.tokens), "logprobs": to_host(draw.logprobs)}
+        counts = [self._rows.sampling[row].num_top_logprobs for row in rows]
         if any(counts):
             ids, logprobs = top_logprobs(logits, max(counts))
+            # Picked on the host: how many there are is known only there.
             keep = torch.arange(max(counts)) < torch.tensor(counts).unsqueeze(1)
-            columns["top_ids"] = _to_host(ids[keep.to(ids.device)])
-            columns["top_logprobs"] = _to_host(logprobs[keep.to(ids.device)])
+            kept = to_device(keep.flatten().nonzero().squeeze(1), ids.device)
+            columns["top_ids"] = to_host(ids.flatten()[kept])
+            columns["top_logprobs"] = to_host(logprobs.flatten()[kept])
         return columns
 
     def _prompt_logprobs(
@@ -165,15 +206,11 @@ class Worker:
     ) -> dict[str, torch.Tensor]:
         """log p(next prompt token) at every position of the rows that asked, token by token."""
         found: list[torch.Tensor] = []
-        for span, row in zip(batch.paged.spans, plan.rows, strict=False):
+        for span, row in zip(batch.spans, plan.rows, strict=False):
             if self._rows.sampling[row].prompt_logprobs:
                 last = self._rows.num_prompt_tokens[row] - 1
                 count = min(span.stop - span.start, max(0, last - span.first))
                 logits = self._decoder.logits(hidden[span.start : span.start + count])
                 nexts = self._rows.tokens[row, span.first + 1 : span.first + 1 + count]
                 found.append(logits.log_softmax(-1).gather(1, nexts.unsqueeze(1)).squeeze(1))
-        return {"prompt_logprobs": _to_host(torch.cat(found))} if found else {}
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to("cpu", non_blocking=True)
+        return {"prompt_logprobs": to_host(torch.cat(found))} if found else {}

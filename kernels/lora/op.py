@@ -15,25 +15,20 @@ Arguments:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple, Self
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Self
 
 import torch
 
-from lorafleet.kernels.lora.weights import SiteWeights, SlotWeights
+from lorafleet.kernels.linear.op import linear
+from lorafleet.kernels.lora.weights import Joined, SiteWeights
 
-# Segments longer than this keep the device busy by themselves.
-_MAX_BATCHED_ROWS = 16
+Segment = tuple[int, int, int]  # slot, start, stop
 
-
-class PaddedRows(NamedTuple):
-    """The tokens of a batch's segments as a [num_segments, longest] grid."""
-
-    tokens: slice | torch.Tensor  # cell by cell; a slice where they are one run without padding
-    kept: torch.Tensor  # int64, the cells that are not padding
-    owners: torch.Tensor  # int64, the token of each kept cell
-    num_segments: int
+# Beyond this many tokens a segment at a time costs less than every slot's columns for every token.
+_MAX_JOINED_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,8 @@ class LoraBatch:
     """
 
     row_slots: torch.Tensor
-    segments: tuple[tuple[int, int, int], ...]
+    segments: tuple[Segment, ...]
+    _masks: dict[tuple[tuple[int, int], ...], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def none(cls, device: torch.device) -> Self:
@@ -53,39 +49,33 @@ class LoraBatch:
         return cls(torch.empty(0, dtype=torch.int32, device=device), ())
 
     @cached_property
-    def slots(self) -> tuple[int, ...]:
-        """The slot of each segment."""
-        return tuple(slot for slot, _, _ in self.segments)
+    def tail(self) -> int:
+        """The token from which on segments are few tokens enough to be joined in one product."""
+        fitting = [start for _, start, _ in self.segments if start >= self._earliest]
+        return fitting[0] if fitting else len(self.row_slots)
 
     @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest segment."""
-        return max(stop - start for _, start, stop in self.segments)
+    def head(self) -> tuple[Segment, ...]:
+        """The segments before `tail`."""
+        return tuple(segment for segment in self.segments if segment[1] < self.tail)
 
     @cached_property
-    def is_batched(self) -> bool:
-        """Whether one product over all segments beats one each: many, short, of similar length."""
-        count, rows = len(self.segments), sum(stop - start for _, start, stop in self.segments)
-        return count > 1 and self.longest <= _MAX_BATCHED_ROWS and count * self.longest <= 2 * rows
+    def tail_slots(self) -> frozenset[int]:
+        """The slots in use from `tail` on."""
+        return frozenset(slot for slot, start, _ in self.segments if start >= self.tail)
 
-    @cached_property
-    def padded(self) -> PaddedRows:
-        """The grid of the segments' tokens; a short segment is padded with its first token."""
-        cells: list[int] = []
-        kept: list[int] = []
-        owners: list[int] = []
-        for _, start, stop in self.segments:
-            kept += range(len(cells), len(cells) + stop - start)
-            owners += range(start, stop)
-            cells += [*range(start, stop), *[start] * (self.longest - (stop - start))]
-        device, run = self.row_slots.device, slice(cells[0], cells[-1] + 1)
-        is_run = cells == list(range(run.start, run.stop))
-        return PaddedRows(
-            run if is_run else torch.tensor(cells, device=device),
-            torch.tensor(kept, device=device),
-            torch.tensor(owners, device=device),
-            len(self.segments),
-        )
+    @property
+    def _earliest(self) -> int:
+        return len(self.row_slots) - _MAX_JOINED_TOKENS
+
+    def foreign(self, columns: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        """Bool [tokens from `tail` on, sum of ranks]: where a column is not of the token's slot.
+
+        `columns` as in Joined; the mask is made once for all sites that have the same.
+        """
+        if columns not in self._masks:
+            self._masks[columns] = self.row_slots[self.tail :, None] != _owners(columns)
+        return self._masks[columns]
 
 
 def lora_add_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:
@@ -94,33 +84,35 @@ def lora_add_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBa
         return
     assert x.shape[1] == site.in_features
     assert y.shape == (x.shape[0], sum(site.out_splits))
-    stack = site.stack(batch.slots) if batch.is_batched else None
-    if stack is None:
-        _add_by_segment_(y, x, site, batch)
-    else:
-        _add_batched_(y, x, stack, batch.padded)
+    joined = site.joined(batch.tail_slots) if batch.tail_slots else None
+    if joined is None:
+        _add_by_segment_(y, x, site, batch.segments)
+        return
+    if batch.tail:
+        _add_by_segment_(y, x, site, batch.head)
+        y, x = y[batch.tail :], x[batch.tail :]
+    if joined.columns:
+        _add_joined_(y, x, joined, batch)
 
 
-def _add_batched_(y: torch.Tensor, x: torch.Tensor, stack: SlotWeights, rows: PaddedRows) -> None:
-    """Every segment at once; padded ranks are zeros and padded cells are left out of y."""
-    grid = (rows.num_segments, -1)
-    h = torch.bmm(x[rows.tokens].unflatten(0, grid), stack.a.transpose(1, 2))
-    for part in stack.parts:
-        part_h, part_y = h[:, :, part.h_start : part.h_stop], y[:, part.y_start : part.y_stop]
-        if isinstance(rows.tokens, slice):
-            # Not baddbmm_, which goes matrix by matrix where y's part is not contiguous.
-            part_y[rows.tokens].add_(torch.bmm(part_h, part.b).flatten(0, 1))
-        else:
-            added = torch.bmm(part_h, part.b).flatten(0, 1)
-            part_y.index_add_(0, rows.owners, added[rows.kept])
+@lru_cache(maxsize=64)
+def _owners(columns: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """The slot of each column, int32."""
+    owners = [slot for slot, rank in columns for _ in range(rank)]
+    return torch.tensor(owners, dtype=torch.int32)
 
 
-def _add_by_segment_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:
-    for slot, start, stop in batch.segments:
-        weights = site.slot(slot)
-        if weights is not None:
-            h = x[start:stop] @ weights.a.T
-            for part in weights.parts:
-                y[start:stop, part.y_start : part.y_stop].addmm_(
-                    h[:, part.h_start : part.h_stop], part.b
-                )
+def _add_joined_(y: torch.Tensor, x: torch.Tensor, joined: Joined, batch: LoraBatch) -> None:
+    h = linear(x, joined.a)
+    # Filled, not multiplied: another adapter's overflow must not reach this row.
+    h.masked_fill_(batch.foreign(joined.columns), 0)
+    y.add_(linear(h, joined.b))
+
+
+def _add_by_segment_(
+    y: torch.Tensor, x: torch.Tensor, site: SiteWeights, segments: Sequence[Segment]
+) -> None:
+    for slot, start, stop in segments:
+        alone = site.alone(slot)
+        if alone.columns:
+            y[start:stop].add_(linear(linear(x[start:stop], alone.a), alone.b))

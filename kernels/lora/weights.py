@@ -7,33 +7,24 @@ from typing import NamedTuple
 
 import torch
 
-_MAX_PADDING = 2  # ranks with padding over ranks without, in a stack
-_MAX_VIEWED_SLOTS = 64  # views are cheap to make again and too many to keep for every slot
+from lorafleet.kernels.linear.op import prepack
+
+_MAX_UNUSED = 4  # slots in a joined copy over slots in use
+_MAX_ALONE = 64  # slots with a copy of their own
 
 
-class Part(NamedTuple):
-    """One target's half of an adapter, and where its columns are in h and in y."""
+class Joined(NamedTuple):
+    """Some slots' weights side by side, so that one product serves all their rows.
 
-    b: torch.Tensor  # [rank, out_local]
-    h_start: int
-    h_stop: int
-    y_start: int
-    y_stop: int
+    y += h @ b^T with h = x @ a^T, set to zero in the columns that are not of the row's slot.
+    `columns`: (slot, sum of ranks) of each run of h's columns.
+    """
 
-
-class SlotWeights(NamedTuple):
-    """One adapter at one site: h = x @ a^T, then y[:, y_start:y_stop] += h[:, part] @ b."""
-
-    a: torch.Tensor  # [sum of ranks, in_local]
-    parts: tuple[Part, ...]
-
-
-class Stack(NamedTuple):
-    """The weights of several slots side by side, each padded with zeros to the largest rank."""
-
-    slots: tuple[int, ...]
-    rows: tuple[Sequence[int], ...]  # of the table when it was built; a new object makes it stale
-    weights: SlotWeights | None  # with a first axis for the slots; None where padding prevails
+    a: torch.Tensor  # prepacked [sum of ranks, in_local]
+    b: torch.Tensor  # prepacked [sum(out_splits), sum of ranks], zero outside a column's target
+    columns: tuple[tuple[int, int], ...]
+    slots: frozenset[int]
+    rows: tuple[tuple[int, Sequence[int]], ...]  # of the table, by slot; a new object: stale
 
 
 class SiteWeights:
@@ -61,75 +52,72 @@ class SiteWeights:
         assert table.shape == (len(rows), 8)
         self.arena, self.table, self.rows = arena, table, rows
         self.in_features, self.out_splits = in_features, tuple(out_splits)
-        self._stack_slots: tuple[int, ...] = ()
-        self._stack: Stack | None = None
-        self._views: dict[int, tuple[Sequence[int], SlotWeights]] = {}
+        self._asked: frozenset[int] = frozenset()
+        self._joined: Joined | None = None
+        self._alone: dict[int, Joined] = {}
 
-    def slot(self, slot: int) -> SlotWeights | None:
-        """Views of a slot's weights in the arena; None when it has none at this site."""
-        row = self.rows[slot]
-        if not row[1]:
-            return None
-        known = self._views.get(slot)
-        if known is not None and known[0] is row:
-            return known[1]
-        if len(self._views) >= _MAX_VIEWED_SLOTS:
-            self._views.clear()
-        weights = self._view(row)
-        self._views[slot] = row, weights
-        return weights
+    def alone(self, slot: int) -> Joined:
+        """One slot's weights, in a copy that is kept while few slots are asked for."""
+        known = self._alone.get(slot)
+        if known is not None and _is_current(known, self.rows):
+            return known
+        if len(self._alone) >= _MAX_ALONE:
+            self._alone.clear()
+        self._alone[slot] = self._join(frozenset({slot}))
+        return self._alone[slot]
 
-    def stack(self, slots: tuple[int, ...]) -> SlotWeights | None:
-        """A copy of the slots' weights: a [len(slots), ranks, in_local], b [len(slots), rank, out].
+    def joined(self, slots: frozenset[int]) -> Joined | None:
+        """The weights of `slots` (without 0), and perhaps some more, side by side, in a copy.
 
-        None where that is not worth it: their ranks differ too much, or these slots are asked for
-        the first time in a row, so that they may not last. Only the last slots' copy is kept.
+        None when the last copy does not serve and these slots are asked for the first time in a
+        row, so that they may not last. Only the last copy is kept.
         """
-        if slots != self._stack_slots:
-            self._stack_slots, self._stack = slots, None
+        if self._joined is not None and _serves(self._joined, slots, self.rows):
+            return self._joined
+        is_new, self._asked = slots != self._asked, slots
+        if is_new:
             return None
-        if self._stack is None or not self._is_current(self._stack):
-            rows = tuple(self.rows[slot] for slot in slots)
-            self._stack = Stack(slots, rows, self._stacked(rows))
-        return self._stack.weights
+        self._joined = self._join(slots)
+        return self._joined
 
-    def _is_current(self, stack: Stack) -> bool:
-        pairs = zip(stack.slots, stack.rows, strict=True)
-        return all(self.rows[slot] is row for slot, row in pairs)
+    def _join(self, slots: frozenset[int]) -> Joined:
+        present = [slot for slot in sorted(slots) if self.rows[slot][1]]
+        columns = tuple((slot, self.rows[slot][1]) for slot in present)
+        rows = tuple((slot, self.rows[slot]) for slot in slots)
+        if not present:
+            return Joined(self.arena[:0], self.arena[:0], (), slots, rows)
+        b = self.arena.new_zeros(sum(self.out_splits), sum(rank for _, rank in columns))
+        start = 0
+        for slot in present:
+            start = self._fill_b(b, self.rows[slot], start)
+        a = [
+            self._block(self.rows[slot][0], self.rows[slot][1], self.in_features)
+            for slot in present
+        ]
+        return Joined(prepack(torch.cat(a)), prepack(b), columns, slots, rows)
 
-    def _stacked(self, rows: tuple[Sequence[int], ...]) -> SlotWeights | None:
-        ranks = [max(row[2 + 2 * i] for row in rows) for i in range(len(self.out_splits))]
-        if len(rows) * sum(ranks) > _MAX_PADDING * sum(row[1] for row in rows):
-            return None
-        a = self.arena.new_zeros(len(rows), sum(ranks), self.in_features)
-        parts, h_start, y_start = [], 0, 0
-        for target, (rank, width) in enumerate(zip(ranks, self.out_splits, strict=True)):
-            if rank:
-                b = self.arena.new_zeros(len(rows), rank, width)
-                self._fill(rows, target, a[:, h_start : h_start + rank], b)
-                parts.append(Part(b, h_start, h_start + rank, y_start, y_start + width))
-            h_start, y_start = h_start + rank, y_start + width
-        return SlotWeights(a, tuple(parts)) if parts else None
-
-    def _fill(
-        self, rows: tuple[Sequence[int], ...], target: int, a: torch.Tensor, b: torch.Tensor
-    ) -> None:
-        """One target's A and B of every slot, into [num_slots, rank, ...]."""
-        for index, row in enumerate(rows):
-            rank, b_offset = row[2 + 2 * target], row[3 + 2 * target]
-            a_offset = row[0] + sum(row[2 : 2 + 2 * target : 2]) * self.in_features
-            if rank:
-                a[index, :rank] = self._block(a_offset, rank, self.in_features)
-                b[index, :rank] = self._block(b_offset, rank, b.shape[2])
-
-    def _view(self, row: Sequence[int]) -> SlotWeights:
-        parts, h_start, y_start = [], 0, 0
+    def _fill_b(self, b: torch.Tensor, row: Sequence[int], start: int) -> int:
+        """One slot's B, from column `start` on; returns the column behind it."""
+        y_start = 0
         for width, rank, offset in zip(self.out_splits, row[2::2], row[3::2], strict=False):
             if rank:
-                b = self._block(offset, rank, width)
-                parts.append(Part(b, h_start, h_start + rank, y_start, y_start + width))
-            h_start, y_start = h_start + rank, y_start + width
-        return SlotWeights(self._block(row[0], row[1], self.in_features), tuple(parts))
+                block = self._block(offset, rank, width)
+                b[y_start : y_start + width, start : start + rank] = block.t()
+            start, y_start = start + rank, y_start + width
+        return start
 
     def _block(self, offset: int, rows: int, columns: int) -> torch.Tensor:
         return self.arena[offset : offset + rows * columns].view(rows, columns)
+
+
+def _serves(joined: Joined, slots: frozenset[int], rows: Sequence[Sequence[int]]) -> bool:
+    """Whether a copy is current and has these slots and not many others."""
+    return (
+        slots <= joined.slots
+        and len(joined.slots) <= _MAX_UNUSED * len(slots)
+        and _is_current(joined, rows)
+    )
+
+
+def _is_current(joined: Joined, rows: Sequence[Sequence[int]]) -> bool:
+    return all(rows[slot] is row for slot, row in joined.rows)

@@ -23,11 +23,13 @@ CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 259, (45,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def load(directory: Path) -> Decoder:
+def load(directory: Path, fused: bool = True) -> Decoder:
     config = AutoConfig.from_pretrained(directory)
     decoder = Decoder(config, Group(0, 1, CPU, ""), torch.float32, CPU)
     with Checkpoint(directory) as checkpoint:
         decoder.load(checkpoint, lambda done, total: None)
+    if fused:
+        decoder.optimize(64)
     return decoder
 
 
@@ -60,13 +62,14 @@ def logits_in_steps(decoder: Decoder, chunks: list[int]) -> torch.Tensor:
     return torch.cat(found)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+def test_logits_equal_transformers(name: str, fused: bool, tmp_path: Path) -> None:
     directory = make_checkpoint(name, tmp_path)
     with torch.inference_mode():
         model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
         expected = model(torch.tensor([TOKENS])).logits[0]
-    decoder = load(directory)
+    decoder = load(directory, fused)
     for chunks in ([45], [7] * 6 + [3], [30] + [1] * 15):
         torch.testing.assert_close(logits_in_steps(decoder, chunks), expected, rtol=1e-4, atol=1e-4)
 

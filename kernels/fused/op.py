@@ -1,0 +1,57 @@
+"""Fused small operations of a decoder layer.
+
+Semantics, rounding to the serving dtype where transformers' modules do:
+    rms_norm(x)                 x / sqrt(mean(x^2) + eps) in float32, rounded, times weight
+    add_rms_norm_(x, residual)  residual += x, then rms_norm(residual)
+    silu_mul(gate_up)           silu(gate), rounded, times up
+    rotary_and_store_(qkv)      q and k, normed per head if weights are given, become
+                                x * cos + rotate_half(x) * sin; k and v go to the paged pool
+
+Arguments:
+    x, residual  [num_tokens, hidden], serving dtype; residual is written in place.
+    weight       [hidden], serving dtype.
+    gate_up      [num_tokens, 2 * intermediate]: gate, then up.
+    qkv          [num_tokens, (heads + 2 * kv_heads) * head_dim]: all q, all k, all v; it may be
+                 overwritten.
+    cos, sin     [num_tokens, rotary_dim]; dimensions from rotary_dim on are left as they are.
+    keys, values [num_pages, page_size, kv_heads, head_dim], written at `locations`.
+    locations    int64 [num_tokens]: page * page_size + offset.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lorafleet.kernels.fused import reference
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """See the module's docstring; [num_tokens, hidden]."""
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm_(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """See the module's docstring; [num_tokens, hidden]."""
+    return reference.add_rms_norm_(x, residual, weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """See the module's docstring; [num_tokens, intermediate]."""
+    return reference.silu_mul(gate_up)
+
+
+def rotary_and_store_(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    locations: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """See the module's docstring; the queries [num_tokens, heads, head_dim]."""
+    return reference.rotary_and_store_(qkv, cos, sin, keys, values, locations, q_norm, k_norm, eps)

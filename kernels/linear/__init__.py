@@ -1,0 +1,1 @@
+"""Products with the base model's weights."""

@@ -1,0 +1,204 @@
+"""DecodeGraphs: decode steps as captured CUDA graphs, one per batch size and LoRA class.
+
+A graph holds everything from the input tokens to the greedy choice. What changes between steps is
+read from fixed buffers, filled by one copy from page-locked memory before each replay; rows beyond
+the step's own are padding, which reads and writes a scratch row and a scratch page only.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lorafleet.kernels.lora.op import LoraBatch
+from lorafleet.shard.config import PAGE_SIZE
+from lorafleet.shard.flash_attention import DecodePlan, FlashAttention, RowPages
+from lorafleet.shard.model import Decoder
+from lorafleet.shard.rows import RowTable
+from lorafleet.shard.sampling import Draw, greedy
+
+log = logging.getLogger(__name__)
+
+# Largest rank of an adapter in the step: the grids of the LoRA kernels are captured for it.
+RANK_CLASSES = (16, 64, 512)
+_NO_LORA = 0
+_MAX_CAPTURED_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """A decode-only step on the host; one entry a row, one token each."""
+
+    rows: Sequence[int]
+    positions: Sequence[int]
+    slots: Sequence[int]
+    pages: Sequence[torch.Tensor]
+    max_rank: int  # of the slots' adapters; 0 where no row has one
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+    draw: Draw
+
+
+class _Inputs:
+    """The buffers one batch size's graphs read: `columns` int64 [4, size], `slots` int32 [size]."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.staging = torch.zeros(5, size, dtype=torch.int64, pin_memory=True)
+        self.columns = torch.zeros(5, size, dtype=torch.int64, device=device)
+        # input token and next token in the flat token table, position, location; then slots
+        self.source, self.target, self.positions, self.locations, _ = self.columns
+        self.slots = self.columns[4].view(torch.int32)[:size]
+
+    def fill(self, step: DecodeStep, row_width: int, scratch_row: int, scratch_page: int) -> None:
+        """Queues the copy of a step's columns; the staging memory must be free again."""
+        size, count = self.staging.shape[1], len(step.rows)
+        rows = torch.full((size,), scratch_row)
+        rows[:count] = torch.tensor(step.rows)
+        positions = torch.zeros(size, dtype=torch.int64)
+        positions[:count] = torch.tensor(step.positions)
+        numbers = [
+            pages[p // PAGE_SIZE] for pages, p in zip(step.pages, step.positions, strict=True)
+        ]
+        self.staging[0] = rows * row_width + positions
+        self.staging[1] = self.staging[0] + 1
+        self.staging[2] = positions
+        self.staging[3] = scratch_page * PAGE_SIZE
+        if count:
+            offsets = positions[:count] % PAGE_SIZE
+            self.staging[3, :count] = torch.stack(numbers) * PAGE_SIZE + offsets
+        slots = self.staging[4].view(torch.int32)
+        slots[:size] = 0
+        slots[:count] = torch.tensor(step.slots, dtype=torch.int32)
+        self.columns.copy_(self.staging, non_blocking=True)
+
+
+class DecodeGraphs:
+    """Captures and replays. Belongs to the compute thread."""
+
+    def __init__(self, decoder: Decoder, rows: RowTable, attention: FlashAttention) -> None:
+        """Captures nothing yet."""
+        self._decoder, self._rows, self._attention = decoder, rows, attention
+        self._scratch_page = attention.pool.scratch_page
+        self._sizes = [n for n in batch_sizes(_MAX_CAPTURED_ROWS) if n < 2 * rows.max_rows]
+        self._pool = torch.cuda.graph_pool_handle()
+        self._inputs: dict[int, _Inputs] = {}
+        self._plans: dict[int, DecodePlan] = {}
+        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._filled = torch.cuda.Event()
+
+    def capture_all(self) -> None:
+        """Captures every batch size, without adapters and with those of the usual ranks.
+
+        The largest goes first, so that the others fit into its memory.
+        """
+        keys = [(n, rank) for n in reversed(self._sizes) for rank in (_NO_LORA, *RANK_CLASSES[:2])]
+        started = time.perf_counter()
+        for size, rank in keys:
+            self._graph(size, rank)
+        log.info("captured %d graphs in %.1f s", len(keys), time.perf_counter() - started)
+
+    def fits(self, num_rows: int) -> bool:
+        """Whether a step of this many rows can be replayed."""
+        return num_rows <= self._sizes[-1]
+
+    @torch.inference_mode()
+    def run(self, step: DecodeStep) -> tuple[torch.Tensor, Draw]:
+        """Queues a step: its logits [rows, vocab] float32 and the greedy choice.
+
+        Both are valid until the next call; the greedy tokens are already in the row table.
+        """
+        count = len(step.rows)
+        size = self._sizes[bisect_left(self._sizes, count)]
+        captured = self._graph(size, _rank_class(step.max_rank))
+        self._prepare(size, step)
+        captured.graph.replay()
+        draw = Draw(captured.draw.tokens[:count], captured.draw.logprobs[:count])
+        return captured.logits[:count], draw
+
+    def replay(self, num_rows: int, max_rank: int) -> None:
+        """Queues the graph of such a step once more over its last inputs, to be timed."""
+        size = self._sizes[bisect_left(self._sizes, num_rows)]
+        self._graph(size, _rank_class(max_rank)).graph.replay()
+
+    def _prepare(self, size: int, step: DecodeStep) -> None:
+        self._filled.synchronize()  # the last step's copy has left the staging memory
+        self._inputs[size].fill(
+            step, self._rows.tokens.shape[1], self._rows.max_rows, self._scratch_page
+        )
+        self._filled.record()
+        padding = size - len(step.rows)
+        scratch = torch.tensor([self._scratch_page], dtype=torch.int32)
+        self._plans[size].plan(
+            RowPages(
+                token_counts=[1] * size,
+                lengths=[*(p + 1 for p in step.positions), *[1] * padding],
+                pages=[
+                    *(
+                        pages[: p // PAGE_SIZE + 1]
+                        for pages, p in zip(step.pages, step.positions, strict=True)
+                    ),
+                    *[scratch] * padding,
+                ],
+            )
+        )
+
+    def _graph(self, size: int, rank: int) -> _Captured:
+        key = (size, rank)
+        if key not in self._captured:
+            self._captured[key] = self._capture(size, rank)
+        return self._captured[key]
+
+    @torch.inference_mode()
+    def _capture(self, size: int, rank: int) -> _Captured:
+        device = self._rows.device
+        if size not in self._inputs:
+            self._inputs[size] = _Inputs(size, device)
+            self._plans[size] = DecodePlan(
+                self._attention, size, size * self._rows.page_table.shape[1]
+            )
+        self._prepare(size, DecodeStep([], [], [], [], rank))
+        self._compute(size, rank)  # what is made on first use is made outside the capture
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits, draw = self._compute(size, rank)
+        return _Captured(graph, logits, draw)
+
+    def _compute(self, size: int, rank: int) -> tuple[torch.Tensor, Draw]:
+        inputs = self._inputs[size]
+        tokens = self._rows.tokens.view(-1)
+        lora = (
+            LoraBatch.of_rows(inputs.slots, rank) if rank else LoraBatch.none(inputs.slots.device)
+        )
+        hidden = self._decoder.forward(
+            tokens[inputs.source],
+            inputs.positions,
+            self._plans[size].batch(inputs.locations),
+            lora,
+        )
+        logits = self._decoder.logits(hidden)
+        draw = greedy(logits)
+        tokens.index_copy_(0, inputs.target, draw.tokens.clamp(min=0))
+        return logits, draw
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """The captured sizes: dense where a row more costs most, then in steps of 8, 16 and 32."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, largest + 1, 32)]
+    return [n for n in sizes if n <= largest]
+
+
+def _rank_class(max_rank: int) -> int:
+    """The smallest class that holds a rank."""
+    if not max_rank:
+        return _NO_LORA
+    return next(rank for rank in RANK_CLASSES if max_rank <= rank)

@@ -1,0 +1,81 @@
+"""Decode and prefill steps of the engine alone, beside the byte floors of the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorafleet.kernels import timing
+from tests.bench.gpu.engine import Engine
+from tests.bench.gpu.shapes import SHAPES
+
+CONTEXT = 512
+BATCHES = (1, 8, 32, 64)
+_STEPS = 48
+_MAX_LEN = CONTEXT + 8 * _STEPS
+
+Row = dict[str, object]
+
+
+def decode(name: str) -> list[Row]:
+    """Base only, B distinct adapters of rank 16 and 64, one shared, and mixed ranks."""
+    bandwidth = timing.copy_bandwidth()
+    engine = Engine.build(SHAPES[name], max_rows=64, max_len=_MAX_LEN, num_slots=64,
+                          arena_bytes=24 << 30)  # fmt: skip
+    rows: list[Row] = []
+    for rank in (16, 64):
+        slots = engine.load_adapters([rank] * 64)
+        for batch in BATCHES:
+            if rank == 16:
+                rows.append(_measure(engine, "base", [0] * batch, 0, 0, bandwidth))
+                shared = [slots[0]] * batch
+                rows.append(_measure(engine, "one shared r16", shared, 1, 16, bandwidth))
+            distinct = slots[:batch]
+            rows.append(_measure(engine, f"distinct r{rank}", distinct, batch, rank, bandwidth))
+    rows += _rank_mix(engine, bandwidth)
+    return rows
+
+
+def _rank_mix(engine: Engine, bandwidth: float) -> list[Row]:
+    """Half rank 8 and half rank 64 against all at their mean, 36 (E9)."""
+    mixed = engine.load_adapters([8, 64] * 16)
+    half = _measure(engine, "half r8 half r64", mixed, 32, 36, bandwidth)
+    mean = engine.load_adapters([36] * 32)
+    return [half, _measure(engine, "all r36", mean, 32, 36, bandwidth)]
+
+
+def _measure(
+    engine: Engine, what: str, slots: Sequence[int], adapters: int, rank: int, bandwidth: float
+) -> Row:
+    batch = len(slots)
+    engine.prefill(slots, CONTEXT)
+    step = engine.decode_ms(slots, CONTEXT, _STEPS)
+    replay = engine.replay_ms(slots)
+    floor = engine.shape.floor_ms(batch, CONTEXT + _STEPS // 2, adapters, rank, bandwidth)
+    row = {
+        "model": engine.shape.name, "what": what, "batch": batch, "step_ms": step,
+        "replay_ms": replay, "floor_ms": floor, "times_floor": step / floor,
+        "tokens_per_s": 1e3 * batch / step,
+    }  # fmt: skip
+    print(
+        f"{engine.shape.name} {what:18} B={batch:3} step {step:6.2f} ms  replay {replay:6.2f}  "
+        f"floor {floor:5.2f}  x{step / floor:4.2f}",
+        flush=True,
+    )
+    return row
+
+
+def prefill(name: str) -> list[Row]:
+    """8 prompts of 512 tokens in one step: 8 distinct rank-16 adapters against base only."""
+    engine = Engine.build(SHAPES[name], max_rows=8, max_len=1024, num_slots=8, arena_bytes=2 << 30)
+    slots = engine.load_adapters([16] * 8)
+    times: dict[str, list[float]] = {"base": [], "distinct r16": []}
+    for _ in range(8):
+        times["base"].append(engine.prefill([0] * 8, 512))
+        times["distinct r16"].append(engine.prefill(slots, 512))
+    best = {what: sorted(values)[len(values) // 2] for what, values in times.items()}
+    print(f"{name} prefill 8 x 512: {best}", flush=True)
+    return [
+        {"model": name, "what": f"prefill {what}", "ms": 1e3 * seconds,
+         "of_base": best["base"] / seconds}
+        for what, seconds in best.items()
+    ]  # fmt: skip
