@@ -37,11 +37,15 @@ class Batch:
 
 
 def build_batch(
-    plan: StepPlan, rows: RowTable, pool: KvPool, flash: FlashAttention | None = None
+    plan: StepPlan,
+    rows: RowTable,
+    pool: KvPool,
+    max_rank: int,
+    flash: FlashAttention | None = None,
 ) -> Batch:
     """Tensors of a plan whose starts and pages `rows` already holds. At least one row.
 
-    Attention is planned with `flash` where there is one, and is plain torch otherwise.
+    `max_rank` is the largest of the slots' adapters. Attention is planned with `flash` where there is one, and is plain torch otherwise.
     """
     device = rows.device
     stops = list(accumulate(plan.token_counts))
@@ -55,7 +59,9 @@ def build_batch(
         positions=positions,
         paged=_paged_batch(plan, rows, pool, flash, spans, token_rows, positions),
         spans=spans,
-        lora=LoraBatch(to_device(row_slots, device), _segments(plan.slots, plan.token_counts)),
+        lora=LoraBatch(
+            to_device(row_slots, device), _segments(plan.slots, plan.token_counts), max_rank
+        ),
         sample_tokens=to_device(
             torch.tensor([stops[i] - 1 for i in picked], dtype=torch.int64), device
         ),

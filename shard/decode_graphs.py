@@ -176,9 +176,7 @@ class DecodeGraphs:
     def _compute(self, size: int, rank: int) -> tuple[torch.Tensor, Draw]:
         inputs = self._inputs[size]
         tokens = self._rows.tokens.view(-1)
-        lora = (
-            LoraBatch.of_rows(inputs.slots, rank) if rank else LoraBatch.none(inputs.slots.device)
-        )
+        lora = _lora(inputs.slots, rank)
         hidden = self._decoder.forward(
             tokens[inputs.source],
             inputs.positions,
@@ -189,6 +187,10 @@ class DecodeGraphs:
         draw = greedy(logits)
         tokens.index_copy_(0, inputs.target, draw.tokens.clamp(min=0))
         return logits, draw
+
+
+def _lora(slots: torch.Tensor, rank: int) -> LoraBatch:
+    return LoraBatch.captured(slots, rank) if rank else LoraBatch.none(slots.device)
 
 
 def batch_sizes(largest: int) -> list[int]:

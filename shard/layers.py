@@ -15,7 +15,7 @@ from torch import nn
 
 from lorafleet.cache.layout import LoraSite
 from lorafleet.kernels.linear.op import linear, prepack
-from lorafleet.kernels.lora.op import LoraBatch, lora_add_
+from lorafleet.kernels.lora.op import LoraBatch, lora_add_, lora_begin
 from lorafleet.kernels.lora.weights import SiteWeights
 from lorafleet.shard.group import Group
 
@@ -61,10 +61,15 @@ class Site(nn.Module):
         """`project` as transformers calls it: [1, num_tokens, in] -> [1, num_tokens, out]."""
         return self.project(x[0]).unsqueeze(0)
 
-    def add_lora_(self, y: torch.Tensor, x: torch.Tensor) -> None:
-        """Adds each row's adapter to `y` [num_tokens, out_local], in place."""
-        if self._lora is not None and self._adapters is not None:
-            lora_add_(y, x, self._adapters, self._lora.batch)
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x @ W^T + bias, with each row's adapter: [num_tokens, out_local]."""
+        if self._lora is None or self._adapters is None:
+            return linear(x, self.weight, bias)
+        batch = self._lora.batch
+        shrunk = lora_begin(x, self._adapters, batch)
+        y = linear(x, self.weight, bias)
+        lora_add_(y, x, self._adapters, batch, shrunk)
+        return y
 
 
 class ColumnSite(Site):
@@ -78,9 +83,7 @@ class ColumnSite(Site):
 
     def project(self, rows: torch.Tensor) -> torch.Tensor:
         """[num_tokens, in] -> [num_tokens, out_local]."""
-        y = linear(rows, self.weight, self.bias)
-        self.add_lora_(y, rows)
-        return y
+        return self.multiply(rows, self.bias)
 
     def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """The output of member `index`; the first member computes all of them.
@@ -125,8 +128,7 @@ class RowSite(Site):
 
     def project(self, rows: torch.Tensor) -> torch.Tensor:
         """[num_tokens, in_local] -> [num_tokens, out], summed over the ranks."""
-        y = linear(rows, self.weight)
-        self.add_lora_(y, rows)
+        y = self.multiply(rows, None)
         self._group.all_reduce_(y)
         if self.bias is not None:
             y += self.bias  # once, after the sum

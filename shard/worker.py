@@ -149,13 +149,16 @@ class Worker:
             self._replay(plan, graphs, launched)
             return
         flash = self._fast.attention if self._fast is not None else None
-        batch = build_batch(plan, self._rows, self._pool, flash)
+        batch = build_batch(plan, self._rows, self._pool, self._max_rank(plan), flash)
         hidden = self._decoder.forward(batch.token_ids, batch.positions, batch.paged, batch.lora)
         if batch.sample_rows:
             logits = self._decoder.logits(hidden[batch.sample_tokens])
             draw = self._draw(logits, batch.sample_rows, batch.sample_positions)
             launched.columns |= self._answer(logits, draw, batch.sample_rows)
         launched.columns |= self._prompt_logprobs(plan, batch, hidden)
+
+    def _max_rank(self, plan: StepPlan) -> int:
+        return max(map(self._adapters.rank, plan.slots))
 
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs, launched: Launched) -> None:
         """A step of one token a row, as a captured graph."""
@@ -168,7 +171,7 @@ class Worker:
                     self._rows.pages(row, first + 1)
                     for row, first in zip(plan.rows, plan.first_positions, strict=True)
                 ],
-                max(map(self._adapters.rank, plan.slots)),
+                self._max_rank(plan),
             )
         )
         if not all(is_greedy(self._rows.sampling[row]) for row in plan.rows):

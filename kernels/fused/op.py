@@ -22,24 +22,30 @@ from __future__ import annotations
 
 import torch
 
-from lorafleet.kernels.fused import reference
+from lorafleet.kernels.fused import cuda, reference
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See the module's docstring; [num_tokens, hidden]."""
-    return reference.rms_norm(x, weight, eps)
+    return (
+        cuda.rms_norm(None, x, weight, eps)
+        if cuda.supports(x)
+        else reference.rms_norm(x, weight, eps)
+    )
 
 
 def add_rms_norm_(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
     """See the module's docstring; [num_tokens, hidden]."""
+    if cuda.supports(residual):
+        return cuda.rms_norm(x, residual, weight, eps)
     return reference.add_rms_norm_(x, residual, weight, eps)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """See the module's docstring; [num_tokens, intermediate]."""
-    return reference.silu_mul(gate_up)
+    return cuda.silu_mul(gate_up) if cuda.supports(gate_up) else reference.silu_mul(gate_up)
 
 
 def rotary_and_store_(
@@ -54,4 +60,5 @@ def rotary_and_store_(
     eps: float,
 ) -> torch.Tensor:
     """See the module's docstring; the queries [num_tokens, heads, head_dim]."""
-    return reference.rotary_and_store_(qkv, cos, sin, keys, values, locations, q_norm, k_norm, eps)
+    rotate = cuda.rotary_and_store_ if cuda.supports(keys) else reference.rotary_and_store_
+    return rotate(qkv, cos, sin, keys, values, locations, q_norm, k_norm, eps)

@@ -7,10 +7,14 @@ Semantics:
     The product x @ A^T is rounded to x's dtype. Rows of slot 0 keep their bits.
 
 Arguments:
-    y      [num_tokens, sum(out_splits)], serving dtype; written in place.
-    x      [num_tokens, in_local], serving dtype; read.
-    site   arena, table and rows of the site: SiteWeights.
-    batch  which token has which slot: LoraBatch. No launch happens when it has no segment.
+    y       [num_tokens, sum(out_splits)], serving dtype; written in place.
+    x       [num_tokens, in_local], serving dtype; read.
+    site    arena, table and rows of the site: SiteWeights.
+    batch   which token has which slot: LoraBatch. Nothing is launched when it is empty.
+    shrunk  what `lora_begin` returned for the same x, site and batch.
+
+On CUDA the op has two halves, so that the first can run beside the base product: `lora_begin`,
+the product, `lora_add_`. Elsewhere, and for long segments, `lora_begin` does nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +27,17 @@ from typing import Self
 import torch
 
 from lorafleet.kernels.linear.op import linear
+from lorafleet.kernels.lora import cuda
+from lorafleet.kernels.lora.cuda import Shrunk
 from lorafleet.kernels.lora.weights import Joined, SiteWeights
 
 Segment = tuple[int, int, int]  # slot, start, stop
 
 # Beyond this many tokens a segment at a time costs less than every slot's columns for every token.
 _MAX_JOINED_TOKENS = 64
+# What the decode form of the kernels is made for; longer segments go to tensor cores.
+_MAX_DECODE_TOKENS = 256
+_MAX_DECODE_SEGMENT = 16
 
 
 @dataclass(frozen=True)
@@ -36,17 +45,42 @@ class LoraBatch:
     """Which token has which slot, on the device (`row_slots`) and on the host (`segments`).
 
     `row_slots`: int32 [num_tokens]. `segments`: (slot, start, stop) of every run of tokens with the
-    same slot other than 0, in the order of the tokens.
+    same slot other than 0, in the order of the tokens. `max_rank`: at least the rank of every
+    adapter in use; the CUDA kernels need it.
     """
 
     row_slots: torch.Tensor
     segments: tuple[Segment, ...]
+    max_rank: int = 0
+    is_captured: bool = False  # row_slots is read when the graph is replayed; no segments are known
     _masks: dict[tuple[tuple[int, int], ...], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def none(cls, device: torch.device) -> Self:
         """A batch without adapters."""
         return cls(torch.empty(0, dtype=torch.int32, device=device), ())
+
+    @classmethod
+    def captured(cls, row_slots: torch.Tensor, max_rank: int) -> Self:
+        """One token a row, of any slots whose ranks are `max_rank` or less."""
+        return cls(row_slots, (), max_rank, is_captured=True)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token has an adapter."""
+        return not (self.segments or self.is_captured)
+
+    @cached_property
+    def is_decode(self) -> bool:
+        """Whether the decode form of the CUDA kernels suits the batch."""
+        longest = max((stop - start for _, start, stop in self.segments), default=1)
+        return len(self.row_slots) <= _MAX_DECODE_TOKENS and longest <= _MAX_DECODE_SEGMENT
+
+    @cached_property
+    def tiles(self) -> torch.Tensor:
+        """The segments as the prefill form of the CUDA kernels takes them, on the device."""
+        tiles = cuda.tiles_of(self.segments).pin_memory()
+        return tiles.to(self.row_slots.device, non_blocking=True)
 
     @cached_property
     def tail(self) -> int:
@@ -74,16 +108,44 @@ class LoraBatch:
         `columns` as in Joined; the mask is made once for all sites that have the same.
         """
         if columns not in self._masks:
-            self._masks[columns] = self.row_slots[self.tail :, None] != _owners(columns)
+            self._masks[columns] = self.row_slots[self.tail :, None] != _owners(
+                columns, self.row_slots.device
+            )
         return self._masks[columns]
 
 
-def lora_add_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:
+def lora_begin(x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> Shrunk | None:
+    """Starts the op's first half on a side stream, where it has one. See the module's docstring."""
+    if batch.is_empty or not (site.has_kernels and batch.is_decode):
+        return None
+    side = _side_stream(x.device)
+    side.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(side):
+        return cuda.shrink(x, site, batch.row_slots, batch.max_rank)
+
+
+def lora_add_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    site: SiteWeights,
+    batch: LoraBatch,
+    shrunk: Shrunk | None = None,
+) -> None:
     """See the module's docstring."""
-    if not batch.segments:
+    if batch.is_empty:
         return
     assert x.shape[1] == site.in_features
     assert y.shape == (x.shape[0], sum(site.out_splits))
+    if shrunk is not None:
+        torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
+        cuda.expand_(y, shrunk, site, batch.row_slots)
+    elif site.has_kernels:
+        cuda.prefill_add_(y, x, site, batch.tiles, batch.max_rank)
+    else:
+        _add_in_torch_(y, x, site, batch)
+
+
+def _add_in_torch_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:
     joined = site.joined(batch.tail_slots) if batch.tail_slots else None
     if joined is None:
         _add_by_segment_(y, x, site, batch.segments)
@@ -96,10 +158,15 @@ def lora_add_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBa
 
 
 @lru_cache(maxsize=64)
-def _owners(columns: tuple[tuple[int, int], ...]) -> torch.Tensor:
+def _owners(columns: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
     """The slot of each column, int32."""
     owners = [slot for slot, rank in columns for _ in range(rank)]
-    return torch.tensor(owners, dtype=torch.int32)
+    return torch.tensor(owners, dtype=torch.int32, device=device)
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _add_joined_(y: torch.Tensor, x: torch.Tensor, joined: Joined, batch: LoraBatch) -> None:

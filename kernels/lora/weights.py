@@ -52,6 +52,12 @@ class SiteWeights:
         assert table.shape == (len(rows), 8)
         self.arena, self.table, self.rows = arena, table, rows
         self.in_features, self.out_splits = in_features, tuple(out_splits)
+        # The CUDA kernels read 16 bytes at a time.
+        self.has_kernels = (
+            arena.is_cuda
+            and arena.dtype in (torch.float16, torch.bfloat16)
+            and all(width % 8 == 0 for width in (in_features, *self.out_splits))
+        )
         self._asked: frozenset[int] = frozenset()
         self._joined: Joined | None = None
         self._alone: dict[int, Joined] = {}

@@ -55,7 +55,7 @@ def logits_in_steps(decoder: Decoder, chunks: list[int]) -> torch.Tensor:
             pages=pages[held:needed],
         )
         rows.append_pages(plan)
-        batch = build_batch(plan, rows, pool)
+        batch = build_batch(plan, rows, pool, max_rank=0)
         hidden = decoder.forward(batch.token_ids, batch.positions, batch.paged, batch.lora)
         found.append(decoder.logits(hidden))
         first += count

@@ -1,0 +1,223 @@
+"""The CUDA kernels against their plain-torch references, in fp16 and bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from lorafleet.kernels.fused import cuda as fused_cuda
+from lorafleet.kernels.fused import reference as fused_reference
+from lorafleet.kernels.lora.op import LoraBatch, lora_add_, lora_begin
+from lorafleet.kernels.lora.weights import SiteWeights
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+DTYPES = [torch.bfloat16, torch.float16]
+MIXED_RANKS = [(8, 8, 8), (1, 0, 0), (0, 4, 64), (16, 3, 5), (33, 33, 33), (512, 128, 1)]
+
+
+class Site:
+    """A site with adapters in its first slots; the rest of the arena is poison."""
+
+    def __init__(
+        self,
+        in_features: int,
+        outs: Sequence[int],
+        ranks: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        num_slots: int = 70,
+    ) -> None:
+        blocks, rows, cursor = [], [(0,) * 8], 0
+        for per_target in ranks:
+            row = [cursor, sum(per_target)]
+            sizes = [sum(per_target) * in_features]
+            sizes += [rank * out for rank, out in zip(per_target, outs, strict=True)]
+            for index, size in enumerate(sizes):
+                if index:
+                    row += [per_target[index - 1], cursor]
+                padded = -(-size // 128) * 128
+                block = torch.full((padded,), float("nan"))
+                block[:size] = torch.randn(size) / 8
+                blocks.append(block)
+                cursor += padded
+            rows.append(tuple((row + [0] * 8)[:8]) if sum(per_target) else (0,) * 8)
+        rows += [(0,) * 8] * (num_slots + 1 - len(rows))
+        self.ranks, self.outs = list(ranks), list(outs)
+        arena = torch.cat(blocks).to(dtype).cuda()
+        table = torch.zeros(num_slots + 1, 3, 8, dtype=torch.int64)  # this site is the middle one
+        table[:, 1] = torch.tensor(rows)
+        self.weights = SiteWeights(arena, table.cuda()[:, 1], rows, in_features, outs)
+        self.max_rank = max(max(per_target) for per_target in ranks)
+
+    def expected(self, x: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+        """float64 update [num_tokens, sum(outs)]."""
+        result = torch.zeros(len(slots), sum(self.outs), dtype=torch.float64, device="cuda")
+        for slot in {slot for slot in slots if slot and slot <= len(self.ranks)}:
+            picked = torch.tensor([s == slot for s in slots], device="cuda")
+            a_offset, _, *pairs = self.weights.rows[slot]
+            start = 0
+            for out, rank, b_offset in zip(self.outs, pairs[::2], pairs[1::2], strict=False):
+                a = self._block(a_offset, rank, x.shape[1])
+                h = (x[picked].double() @ a.T).to(x.dtype).double()
+                result[picked, start : start + out] = h @ self._block(b_offset, rank, out)
+                a_offset, start = a_offset + rank * x.shape[1], start + out
+        return result
+
+    def _block(self, offset: int, rows: int, columns: int) -> torch.Tensor:
+        return self.weights.arena[offset : offset + rows * columns].view(rows, columns).double()
+
+
+def batch_of(slots: Sequence[int], max_rank: int) -> LoraBatch:
+    segments, start = [], 0
+    for index in range(1, len(slots) + 1):
+        if index == len(slots) or slots[index] != slots[start]:
+            if slots[start]:
+                segments.append((slots[start], start, index))
+            start = index
+    row_slots = torch.tensor(slots, dtype=torch.int32, device="cuda")
+    return LoraBatch(row_slots, tuple(segments), max_rank)
+
+
+def poison() -> None:
+    """What the next allocations find is not zero."""
+    junk = [torch.full((1 << 22,), float("nan"), device="cuda") for _ in range(4)]
+    del junk
+
+
+def check(site: Site, slots: Sequence[int], dtype: torch.dtype) -> None:
+    in_features = site.weights.in_features
+    x = torch.randn(len(slots), in_features, device="cuda").to(dtype)
+    before = torch.randn(len(slots), sum(site.outs), device="cuda").to(dtype)
+    batch, y = batch_of(slots, site.max_rank), before.clone()
+    poison()
+    lora_add_(y, x, site.weights, batch, lora_begin(x, site.weights, batch))
+    expected = site.expected(x, slots)
+    base = torch.tensor([s == 0 for s in slots], device="cuda")
+    assert torch.equal(y[base], before[base])
+    error = (y.double() - before.double() - expected)[~base]
+    if len(error):  # y itself is rounded: that error is not the op's
+        rounding = 2**-8 if dtype == torch.bfloat16 else 2**-11
+        allowed = 5e-3 * expected[~base].norm() + rounding * y[~base].double().norm()
+        assert error.norm() <= allowed, (error.norm(), expected.norm())
+
+
+BATCHES = {
+    "one row": [1],
+    "distinct": [1, 2, 3, 4, 5, 6],
+    "base between": [1, 1, 0, 0, 3, 3, 0, 4],
+    "unsorted": [3, 1, 3, 2, 1, 1, 5, 0, 5, 6, 1],
+    "a run over the group's edge": [0] * 5 + [4] * 14 + [6] * 3,
+    "one without weights here": [7, 7, 2],
+    "256 rows": sorted([i % 6 + 1 for i in range(250)] + [0] * 6),
+    "prefill": [1] * 100 + [6] * 130 + [0] * 9 + [3] * 70 + [2] + [5] * 40,
+    "prefill and decode": [4] * 512 + [1] * 65 + [2, 3, 0, 5, 5, 6],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slots", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize(("in_features", "outs"), [(256, (264, 64, 64)), (4096, (1024, 512, 512))])
+def test_lora_with_mixed_ranks(
+    slots: list[int], in_features: int, outs: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(len(slots))
+    check(Site(in_features, outs, MIXED_RANKS, dtype), slots, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [4, 8, 16, 64])
+@pytest.mark.parametrize("popularity", ["distinct", "uniform", "zipf", "identical"])
+def test_lora_by_popularity(popularity: str, rank: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    slots = {
+        "distinct": list(range(1, 65)),
+        "uniform": sorted([i % 8 + 1 for i in range(64)]),
+        "zipf": [1] * 24 + [2] * 12 + [3] * 8 + [4] * 6 + list(range(5, 19)),
+        "identical": [1] * 64,
+    }[popularity]
+    for in_features, outs in [(1024, (1024,)), (512, (1536, 1536)), (1536, (512,))]:
+        ranks = [(rank,) * len(outs)] * max(slots)
+        check(Site(in_features, outs, ranks, dtype), slots, dtype)
+
+
+@pytest.mark.parametrize("length", [1, 17, 64, 65, 1000, 8192])
+def test_lora_prefill_of_one_long_segment(length: int) -> None:
+    check(Site(512, (512, 128, 128), [(16, 16, 16)], torch.bfloat16), [1] * length, torch.bfloat16)
+
+
+def test_lora_in_a_captured_graph_serves_every_mix() -> None:
+    site = Site(512, (256, 128, 128), MIXED_RANKS, torch.bfloat16)
+    x = torch.randn(16, 512, device="cuda").bfloat16()
+    y = torch.zeros(16, 512, device="cuda").bfloat16()
+    row_slots = torch.zeros(16, dtype=torch.int32, device="cuda")
+    batch = LoraBatch.captured(row_slots, 512)
+
+    def run() -> None:
+        y.zero_()
+        lora_add_(y, x, site.weights, batch, lora_begin(x, site.weights, batch))
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for slots in ([0] * 16, [1] * 16, list(range(7)) + [6] * 9, [5, 0, 3, 3, 3, 1, 2, 6] * 2):
+        row_slots.copy_(torch.tensor(slots, dtype=torch.int32))
+        graph.replay()
+        replayed = y.clone()
+        run()
+        assert torch.equal(replayed, y)
+        error = (y.double() - site.expected(x, slots)).norm()
+        assert error <= 1e-2 * site.expected(x, slots).norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 64, 700])
+@pytest.mark.parametrize("hidden", [64, 256, 4096, 5120, 16384])
+def test_norms(rows: int, hidden: int, dtype: torch.dtype) -> None:
+    x, residual = torch.randn(2, rows, hidden, device="cuda").to(dtype)
+    weight = torch.randn(hidden, device="cuda").to(dtype)
+    expected_residual = residual.clone()
+    expected = fused_reference.add_rms_norm_(x, expected_residual, weight, 1e-5)
+    found = fused_cuda.rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(residual, expected_residual)
+    _close(found, expected)
+    _close(fused_cuda.rms_norm(None, residual, weight, 1e-5), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 96), (5, 1536), (64, 14336), (1000, 512)])
+def test_silu_mul(rows: int, width: int, dtype: torch.dtype) -> None:
+    gate_up = (3 * torch.randn(rows, 2 * width, device="cuda")).to(dtype)
+    _close(fused_cuda.silu_mul(gate_up), fused_reference.silu_mul(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "rotary_dim"),
+    [(4, 2, 64, 64), (32, 8, 128, 128), (5, 1, 96, 48)],
+)
+def test_rotary(
+    heads: int, kv_heads: int, head_dim: int, rotary_dim: int, normed: bool, dtype: torch.dtype
+) -> None:
+    tokens = 13
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device="cuda").to(dtype)
+    cos, sin = torch.randn(2, tokens, rotary_dim, device="cuda").to(dtype)
+    norms = [torch.randn(head_dim, device="cuda").to(dtype) if normed else None for _ in range(2)]
+    locations = torch.randperm(64, device="cuda")[:tokens]
+    pools = torch.zeros(2, 2, 4, 16, kv_heads, head_dim, device="cuda", dtype=dtype)
+    found = fused_cuda.rotary_and_store_(qkv.clone(), cos, sin, *pools[0], locations, *norms, 1e-6)
+    expected = fused_reference.rotary_and_store_(
+        qkv.clone(), cos, sin, *pools[1], locations, *norms, 1e-6
+    )
+    _close(found, expected)
+    _close(pools[0], pools[1])
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for the order of float32 sums: a unit or two in the last place of the dtype."""
+    step = 2**-7 if found.dtype == torch.bfloat16 else 2**-10
+    torch.testing.assert_close(found.float(), expected.float(), rtol=2 * step, atol=2 * step)
