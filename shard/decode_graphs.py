@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from lorafleet.kernels.decode_attention.op import decode_attention, supports
 from lorafleet.kernels.lora.op import LoraBatch
 from lorafleet.shard.config import PAGE_SIZE
-from lorafleet.shard.flash_attention import DecodePlan, FlashAttention, RowPages
+from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.sampling import Draw, greedy
@@ -37,7 +38,7 @@ class DecodeStep:
     rows: Sequence[int]
     positions: Sequence[int]
     slots: Sequence[int]
-    pages: Sequence[torch.Tensor]
+    locations: Sequence[int]  # page * page_size + offset of the new tokens
     max_rank: int  # of the slots' adapters; 0 where no row has one
 
 
@@ -49,51 +50,81 @@ class _Captured:
 
 
 class _Inputs:
-    """The buffers one batch size's graphs read: `columns` int64 [4, size], `slots` int32 [size]."""
+    """The buffers that one batch size's graphs read, and what fills them."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.staging = torch.zeros(5, size, dtype=torch.int64, pin_memory=True)
-        self.columns = torch.zeros(5, size, dtype=torch.int64, device=device)
-        # input token and next token in the flat token table, position, location; then slots
-        self.source, self.target, self.positions, self.locations, _ = self.columns
-        self.slots = self.columns[4].view(torch.int32)[:size]
+        self._staging = torch.zeros(6, size, dtype=torch.int64, pin_memory=True)
+        self._columns = torch.zeros(6, size, dtype=torch.int64, device=device)
+        # Input and next token in the flat token table, then row, position and location; int64.
+        self.source, self.target, self.rows, self.positions, self.locations, _ = self._columns
+        self.slots = self._columns[5].view(torch.int32)[:size]
 
     def fill(self, step: DecodeStep, row_width: int, scratch_row: int, scratch_page: int) -> None:
         """Queues the copy of a step's columns; the staging memory must be free again."""
-        size, count = self.staging.shape[1], len(step.rows)
-        rows = torch.full((size,), scratch_row)
-        rows[:count] = torch.tensor(step.rows)
-        positions = torch.zeros(size, dtype=torch.int64)
-        positions[:count] = torch.tensor(step.positions)
-        numbers = [
-            pages[p // PAGE_SIZE] for pages, p in zip(step.pages, step.positions, strict=True)
-        ]
-        self.staging[0] = rows * row_width + positions
-        self.staging[1] = self.staging[0] + 1
-        self.staging[2] = positions
-        self.staging[3] = scratch_page * PAGE_SIZE
+        count = len(step.rows)
+        source, target, rows, positions, locations, slots = self._staging
+        rows.fill_(scratch_row)
+        positions.zero_()
+        locations.fill_(scratch_page * PAGE_SIZE)
+        slots.zero_()
         if count:
-            offsets = positions[:count] % PAGE_SIZE
-            self.staging[3, :count] = torch.stack(numbers) * PAGE_SIZE + offsets
-        slots = self.staging[4].view(torch.int32)
-        slots[:size] = 0
-        slots[:count] = torch.tensor(step.slots, dtype=torch.int32)
-        self.columns.copy_(self.staging, non_blocking=True)
+            rows[:count] = torch.tensor(step.rows)
+            positions[:count] = torch.tensor(step.positions)
+            locations[:count] = torch.tensor(step.locations)
+            slots.view(torch.int32)[:count] = torch.tensor(step.slots, dtype=torch.int32)
+        torch.add(positions, rows, alpha=row_width, out=source)
+        torch.add(source, 1, out=target)
+        self._columns.copy_(self._staging, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedBatch:
+    """A decode step's attention at fixed addresses, as the layers read it."""
+
+    pool: KvPool
+    locations: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
+    page_table: torch.Tensor
+    arrived: torch.Tensor
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Attention [num_rows, heads, head_dim] of one token a row."""
+        return decode_attention(
+            query.contiguous(), self.pool.keys[layer], self.pool.values[layer], self.page_table,
+            self.rows, self.positions, self.arrived, scaling, window, softcap,
+        )  # fmt: skip
 
 
 class DecodeGraphs:
     """Captures and replays. Belongs to the compute thread."""
 
-    def __init__(self, decoder: Decoder, rows: RowTable, attention: FlashAttention) -> None:
+    def __init__(self, decoder: Decoder, rows: RowTable, pool: KvPool) -> None:
         """Captures nothing yet."""
-        self._decoder, self._rows, self._attention = decoder, rows, attention
-        self._scratch_page = attention.pool.scratch_page
+        self._decoder, self._rows, self._kv = decoder, rows, pool
         self._sizes = [n for n in batch_sizes(_MAX_CAPTURED_ROWS) if n < 2 * rows.max_rows]
         self._pool = torch.cuda.graph_pool_handle()
         self._inputs: dict[int, _Inputs] = {}
-        self._plans: dict[int, DecodePlan] = {}
         self._captured: dict[tuple[int, int], _Captured] = {}
         self._filled = torch.cuda.Event()
+        units = self._sizes[-1] * decoder.partition.local_kv_heads
+        self._arrived = torch.zeros(units, dtype=torch.int32, device=rows.device)
+        rows.page_table[rows.max_rows] = pool.scratch_page
+
+    @staticmethod
+    def supports(decoder: Decoder) -> bool:
+        """Whether the decoder's steps can be captured."""
+        part = decoder.partition
+        return decoder.device.type == "cuda" and supports(
+            decoder.dtype, part.local_heads, part.local_kv_heads, part.head_dim
+        )
 
     def capture_all(self) -> None:
         """Captures every batch size, without adapters and with those of the usual ranks.
@@ -132,24 +163,9 @@ class DecodeGraphs:
     def _prepare(self, size: int, step: DecodeStep) -> None:
         self._filled.synchronize()  # the last step's copy has left the staging memory
         self._inputs[size].fill(
-            step, self._rows.tokens.shape[1], self._rows.max_rows, self._scratch_page
+            step, self._rows.tokens.shape[1], self._rows.max_rows, self._kv.scratch_page
         )
         self._filled.record()
-        padding = size - len(step.rows)
-        scratch = torch.tensor([self._scratch_page], dtype=torch.int32)
-        self._plans[size].plan(
-            RowPages(
-                token_counts=[1] * size,
-                lengths=[*(p + 1 for p in step.positions), *[1] * padding],
-                pages=[
-                    *(
-                        pages[: p // PAGE_SIZE + 1]
-                        for pages, p in zip(step.pages, step.positions, strict=True)
-                    ),
-                    *[scratch] * padding,
-                ],
-            )
-        )
 
     def _graph(self, size: int, rank: int) -> _Captured:
         key = (size, rank)
@@ -162,9 +178,6 @@ class DecodeGraphs:
         device = self._rows.device
         if size not in self._inputs:
             self._inputs[size] = _Inputs(size, device)
-            self._plans[size] = DecodePlan(
-                self._attention, size, size * self._rows.page_table.shape[1]
-            )
         self._prepare(size, DecodeStep([], [], [], [], rank))
         self._compute(size, rank)  # what is made on first use is made outside the capture
         torch.cuda.synchronize(device)
@@ -180,7 +193,14 @@ class DecodeGraphs:
         hidden = self._decoder.forward(
             tokens[inputs.source],
             inputs.positions,
-            self._plans[size].batch(inputs.locations),
+            CapturedBatch(
+                self._kv,
+                inputs.locations,
+                inputs.rows,
+                inputs.positions,
+                self._rows.page_table,
+                self._arrived,
+            ),
             lora,
         )
         logits = self._decoder.logits(hidden)

@@ -1,7 +1,6 @@
-"""Attention by FlashInfer over the paged KV pool: planned once a step, run once a layer.
+"""Attention of mixed steps by FlashInfer: planned once a step, run once a layer.
 
-One kernel family serves both kinds of step: `mixed` takes prefill rows and decode rows in one
-launch, `DecodePlan` takes one token a row at addresses that a captured CUDA graph can keep.
+Prefill rows and decode rows go in one launch, over the paged KV pool.
 """
 
 from __future__ import annotations
@@ -86,33 +85,16 @@ class FlashAttention:
 
     def mixed(self, locations: torch.Tensor, rows: RowPages) -> FlashBatch:
         """Plans a step of prefill and decode rows; `locations` as FlashBatch has them."""
-        self.wait_for_copies()
+        # Planning overwrites page-locked memory, whose copies wait on the device for the step before.
+        self._copied.synchronize()
         tokens, indptr, pages, last = (part.pin_memory() for part in rows.tensors())
         for kind, wrapper in self._mixed.items():
             wrapper.plan(
                 tokens, indptr, pages, last, head_dim_qk=self.pool.keys.shape[-1], causal=True,
                 **_plan_options(kind), **self.shape,
             )  # fmt: skip
-        self.copies_issued()
-        return FlashBatch(self.pool, locations, self._mixed, self.kinds)
-
-    def decode_wrapper(self, buffers: dict[str, torch.Tensor]) -> Any:
-        """A wrapper over fixed buffers; see DecodePlan."""
-        return self._flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            self.workspace, "NHD", use_cuda_graph=True, use_tensor_cores=True, backend="fa2",
-            **buffers,
-        )  # fmt: skip
-
-    def wait_for_copies(self) -> None:
-        """Waits until the last plan has left its page-locked staging memory.
-
-        Planning overwrites that memory, and its copies wait on the device for the step before.
-        """
-        self._copied.synchronize()
-
-    def copies_issued(self) -> None:
-        """Marks the point that `wait_for_copies` waits for."""
         self._copied.record()
+        return FlashBatch(self.pool, locations, self._mixed, self.kinds)
 
     def _prefill_wrapper(self) -> Any:
         wrapper = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper
@@ -147,47 +129,6 @@ class FlashBatch:
         """Causal attention [num_tokens, heads, head_dim]; scaling and the rest were planned."""
         paged = (self.pool.keys[layer], self.pool.values[layer])
         return self._wrappers[layer].run(query, paged)  # type: ignore[no-any-return]
-
-
-class DecodePlan:
-    """A decode step's attention at fixed addresses: `batch` is captured, `plan` goes before it."""
-
-    def __init__(self, attention: FlashAttention, num_rows: int, max_pages: int) -> None:
-        """Buffers for `num_rows` rows that hold `max_pages` pages between them at most."""
-        device = attention.pool.keys.device
-
-        def buffer(size: int) -> torch.Tensor:
-            return torch.zeros(size, dtype=torch.int32, device=device)
-
-        self._attention, self._pages = attention, buffer(max_pages)
-        self._wrappers = {
-            kind: attention.decode_wrapper(
-                {
-                    "paged_kv_indptr_buffer": buffer(num_rows + 1),
-                    "paged_kv_indices_buffer": self._pages,
-                    "paged_kv_last_page_len_buffer": buffer(num_rows),
-                }
-            )
-            for kind in set(attention.kinds)
-        }
-
-    def plan(self, rows: RowPages) -> None:
-        """Queues the copies that make the captured launches work on these rows."""
-        self._attention.wait_for_copies()
-        _, indptr, pages, last = (part.pin_memory() for part in rows.tensors())
-        # Copied here: FlashInfer would wait for the device before it copies from the host.
-        pages = self._pages[: len(pages)].copy_(pages, non_blocking=True)
-        for kind, wrapper in self._wrappers.items():
-            wrapper.plan(
-                indptr, pages, last, head_dim=self._attention.pool.keys.shape[-1],
-                **_plan_options(kind), **self._attention.shape,
-            )  # fmt: skip
-        self._attention.copies_issued()
-
-    def batch(self, locations: torch.Tensor) -> FlashBatch:
-        """The step as the layers read it, `locations` at an address that stays."""
-        attention = self._attention
-        return FlashBatch(attention.pool, locations, self._wrappers, attention.kinds)
 
 
 def _plan_options(kind: AttentionKind) -> dict[str, Any]:

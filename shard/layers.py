@@ -15,7 +15,7 @@ from torch import nn
 
 from lorafleet.cache.layout import LoraSite
 from lorafleet.kernels.linear.op import linear, prepack
-from lorafleet.kernels.lora.op import LoraBatch, lora_add_, lora_begin
+from lorafleet.kernels.lora.op import LoraBatch, lora_linear
 from lorafleet.kernels.lora.weights import SiteWeights
 from lorafleet.shard.group import Group
 
@@ -65,11 +65,7 @@ class Site(nn.Module):
         """x @ W^T + bias, with each row's adapter: [num_tokens, out_local]."""
         if self._lora is None or self._adapters is None:
             return linear(x, self.weight, bias)
-        batch = self._lora.batch
-        shrunk = lora_begin(x, self._adapters, batch)
-        y = linear(x, self.weight, bias)
-        lora_add_(y, x, self._adapters, batch, shrunk)
-        return y
+        return lora_linear(x, self.weight, bias, self._adapters, self._lora.batch)
 
 
 class ColumnSite(Site):

@@ -79,21 +79,17 @@ def pick_device(name: str, rank: int) -> torch.device:
     return device
 
 
-def _fast_path(
-    config: ShardConfig, decoder: Decoder, rows: RowTable, pool: KvPool
-) -> FastPath | None:
+def _fast_path(config: ShardConfig, decoder: Decoder, rows: RowTable, pool: KvPool) -> FastPath:
     """FlashInfer and captured graphs where the device, the dtype and the model have them."""
     part = decoder.partition
-    if not FlashAttention.supports(decoder.dtype, decoder.device, part.head_dim):
-        if decoder.device.type == "cuda":
-            log.warning("attention in plain torch, no captured graphs: FlashInfer is not installed "
-                        "or has no kernels for %s and head size %d", decoder.dtype, part.head_dim)  # fmt: skip
-        return None
-    attention = FlashAttention(pool, decoder.attention_kinds, part.local_heads)
-    if not config.cuda_graphs:
-        return FastPath(attention, None)
-    graphs = DecodeGraphs(decoder, rows, attention)
-    graphs.capture_all()
+    attention, graphs = None, None
+    if FlashAttention.supports(decoder.dtype, decoder.device, part.head_dim):
+        attention = FlashAttention(pool, decoder.attention_kinds, part.local_heads)
+    elif decoder.device.type == "cuda":
+        log.warning("prompts attend in plain torch: FlashInfer is missing or has no kernels for it")
+    if config.cuda_graphs and DecodeGraphs.supports(decoder):
+        graphs = DecodeGraphs(decoder, rows, pool)
+        graphs.capture_all()
     return FastPath(attention, graphs)
 
 

@@ -13,16 +13,16 @@ class RowTable:
     """Tokens, pages and sampling parameters by row; owned by the compute thread.
 
     tokens: [max_rows + 1, max_len + 1] int64 on the device. A step reads its inputs here and writes
-    what it samples here, so generated tokens never travel to come back. The last row belongs to
-    the padding of captured steps.
-    page_table: [max_rows, max_pages] int64 on the device.
+    what it samples here, so generated tokens never travel to come back. The last row, here and in
+    the page table, belongs to the padding of captured steps.
+    page_table: [max_rows + 1, max_pages] int64 on the device.
     """
 
     def __init__(self, max_rows: int, max_len: int, device: torch.device) -> None:
         self.device, self.max_rows = device, max_rows
         self.tokens = torch.zeros(max_rows + 1, max_len + 1, dtype=torch.int64, device=device)
         max_pages = -(-max_len // PAGE_SIZE)
-        self.page_table = torch.zeros(max_rows, max_pages, dtype=torch.int64, device=device)
+        self.page_table = torch.zeros(max_rows + 1, max_pages, dtype=torch.int64, device=device)
         self._host_pages = torch.zeros(max_rows, max_pages, dtype=torch.int32)
         self.sampling = [SamplingParams()] * max_rows
         self.num_prompt_tokens = [0] * max_rows
@@ -52,6 +52,12 @@ class RowTable:
             self._host_pages[host[0], host[1]] = host[2].int()
             index = to_device(host, self.device)
             self.page_table[index[0], index[1]] = index[2]
+
+    def locations(self, rows: list[int], positions: list[int]) -> list[int]:
+        """Where in the KV pool one position of each row lies: page * page_size + offset."""
+        places = torch.tensor(positions)
+        pages = self._host_pages[torch.tensor(rows), places // PAGE_SIZE]
+        return (pages * PAGE_SIZE + places % PAGE_SIZE).tolist()  # type: ignore[no-any-return]
 
     def pages(self, row: int, length: int) -> torch.Tensor:
         """The pages of a row's first `length` tokens: int32 on the host, a view."""

@@ -30,10 +30,10 @@ _POLL_SECONDS = 0.0002  # how often to look whether the device finished while wa
 
 @dataclass(frozen=True, slots=True)
 class FastPath:
-    """What a CUDA device has instead of plain torch: planned attention, captured decode steps."""
+    """What a CUDA device may have instead of plain torch."""
 
-    attention: FlashAttention
-    graphs: DecodeGraphs | None
+    attention: FlashAttention | None = None
+    graphs: DecodeGraphs | None = None
 
 
 @dataclass(slots=True)
@@ -66,9 +66,9 @@ class Worker:
         adapters: DeviceTier,
         store: AdapterStore,
         answers: bool,
-        fast: FastPath | None = None,
+        fast: FastPath = FastPath(),
     ) -> None:
-        """`answers`: whether this rank sends results (rank 0). `fast`: where the device has it."""
+        """`answers`: whether this rank sends results (rank 0)."""
         self._decoder, self._rows, self._pool = decoder, rows, pool
         self._adapters, self._store, self._answers = adapters, store, answers
         self._fast = fast
@@ -144,12 +144,13 @@ class Worker:
 
     def _compute(self, plan: StepPlan, launched: Launched) -> None:
         self._adapters.wait({slot for slot in plan.slots if slot})
-        graphs = self._fast.graphs if self._fast is not None else None
+        graphs = self._fast.graphs
         if graphs is not None and not plan.num_prefills and graphs.fits(len(plan.rows)):
             self._replay(plan, graphs, launched)
             return
-        flash = self._fast.attention if self._fast is not None else None
-        batch = build_batch(plan, self._rows, self._pool, self._max_rank(plan), flash)
+        batch = build_batch(
+            plan, self._rows, self._pool, self._max_rank(plan), self._fast.attention
+        )
         hidden = self._decoder.forward(batch.token_ids, batch.positions, batch.paged, batch.lora)
         if batch.sample_rows:
             logits = self._decoder.logits(hidden[batch.sample_tokens])
@@ -167,10 +168,7 @@ class Worker:
                 plan.rows,
                 plan.first_positions,
                 plan.slots,
-                [
-                    self._rows.pages(row, first + 1)
-                    for row, first in zip(plan.rows, plan.first_positions, strict=True)
-                ],
+                self._rows.locations(plan.rows, plan.first_positions),
                 self._max_rank(plan),
             )
         )

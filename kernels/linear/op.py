@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from lorafleet.kernels.linear import cuda
+
 # Rows of x that oneDNN lays the weight out for: a decode step's; a prefill loses nothing by it.
 _PACKED_FOR_ROWS = 16
 
@@ -39,4 +41,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if weight.is_mkldnn:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y
+    if cuda.pays(x, weight):
+        return cuda.linear(x, weight, bias)
     return F.linear(x, weight, bias)

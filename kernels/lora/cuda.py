@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from lorafleet.kernels.build import bind
+from lorafleet.kernels.linear import cuda as skinny
 from lorafleet.kernels.lora.weights import SiteWeights
 
 TILE_TOKENS = 64
@@ -48,6 +49,25 @@ def shrink(x: torch.Tensor, site: SiteWeights, row_slots: torch.Tensor, max_rank
         num_tokens, capacity, splits, _stream(),
     )  # fmt: skip
     return Shrunk(partial, max_rank)
+
+
+def shrink_with_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    site: SiteWeights,
+    row_slots: torch.Tensor,
+    max_rank: int,
+) -> tuple[torch.Tensor, Shrunk]:
+    """x @ weight^T + bias, and `shrink`, in one launch; for what `linear.cuda.supports`."""
+    capacity = max_rank * len(site.out_splits)
+    splits = _splits(len(x) * -(-capacity // _RANK_TILE), site.in_features)
+    partial = x.new_empty(splits, len(x), capacity, dtype=torch.float32)
+    addresses = (
+        partial.data_ptr(), site.arena.data_ptr(), site.table.data_ptr(), site.table.stride(0),
+        row_slots.data_ptr(), capacity, splits,
+    )  # fmt: skip
+    return skinny.linear(x, weight, bias, addresses), Shrunk(partial, max_rank)
 
 
 def expand_(y: torch.Tensor, shrunk: Shrunk, site: SiteWeights, row_slots: torch.Tensor) -> None:

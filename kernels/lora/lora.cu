@@ -1,109 +1,19 @@
 // LoRA for mixed batches: contracts in cuda.py. Shrink writes float32 partial sums of x @ A^T,
 // expand sums them, rounds to the serving dtype, multiplies by B and adds to y.
-#include "../common.cuh"
+#include "shrink.cuh"
 
 namespace lorafleet {
 namespace {
 
-constexpr int kGroup = 8;       // tokens of one slot that share the loads of its weights
-constexpr int kRankTile = 16;   // ranks of one shrink block: the rows of one mma
-constexpr int kOutTile = 256;   // outputs of one decode-expand block: 8 for each lane
-constexpr int kMaxTargets = 3;
+constexpr int kOutTile = 256;  // outputs of one decode-expand block: 8 for each lane
 
-struct Site {
-  const void* arena;
-  const int64_t* table;    // rows of 8, `stride` apart
-  int64_t stride;
-  int in_features;
-  int outs[kMaxTargets];   // 0 beyond the last target
-};
-
-// Tokens [token, token + count) form the part of a run of one slot that lies in one aligned group
-// of kGroup; count is 0 where the token is not the first of such a part, or has no adapter.
-__device__ int run_from(const int* row_slots, int token, int num_tokens) {
-  const int slot = row_slots[token];
-  if (slot == 0) return 0;
-  if (token % kGroup != 0 && row_slots[token - 1] == slot) return 0;
-  int count = 1;
-  while (token + count < num_tokens && (token + count) % kGroup != 0 &&
-         row_slots[token + count] == slot)
-    ++count;
-  return count;
-}
-
-__device__ const SiteRow& row_of(const Site& site, int slot) {
-  return *reinterpret_cast<const SiteRow*>(site.table + slot * site.stride);
-}
-
-// Eight consecutive elements, or zeros.
-template <typename T>
-__device__ uint4 load_or_zero(const T* p, bool valid) {
-  return valid ? load_stream(p) : make_uint4(0, 0, 0, 0);
-}
-
-// One warp: D[16 ranks x 8 tokens] += A x^T over the 32 k from `k`. Each lane takes 8 consecutive
-// k of its rows; the order of k inside an mma is the same for both operands, so it does not matter.
-template <typename T>
-__device__ void mma_pieces(float (&d)[4], const uint4& low, const uint4& high, const uint4& x) {
-  mma<T>(d, low.x, high.x, low.y, high.y, x.x, x.y);
-  mma<T>(d, low.z, high.z, low.w, high.w, x.z, x.w);
-}
-
-// grid (rank tiles, tokens, splits); block kWarps warps, which share the split's k.
+// grid (rank tiles, tokens, splits); block kWarps warps.
 template <typename T, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps)
     shrink_decode_kernel(float* partial, const T* x, Site site, const int* row_slots,
                          int num_tokens, int capacity) {
-  const int token = blockIdx.y;
-  const int count = run_from(row_slots, token, num_tokens);
-  if (count == 0) return;
-  const SiteRow& row = row_of(site, row_slots[token]);
-  const int rank_total = static_cast<int>(row.rank_total);
-  const int r0 = blockIdx.x * kRankTile;
-  if (r0 >= rank_total) return;
-
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int group = lane / 4, quad = lane % 4;
-  const int k_size = site.in_features;
-  const T* a = static_cast<const T*>(site.arena) + row.a_offset;
-  const bool has_low = r0 + group < rank_total, has_high = r0 + group + 8 < rank_total;
-  const T* a_low = a + static_cast<int64_t>(r0 + group) * k_size;
-  const T* a_high = a_low + static_cast<int64_t>(8) * k_size;
-  const T* x_row = x + static_cast<int64_t>(token + group) * k_size;
-  const bool has_x = group < count;
-
-  // 64 k a warp and round: two pieces of 32, so that a quad reads 128 bytes of a row.
-  float d[4] = {0.f, 0.f, 0.f, 0.f};
-  const int stride = 64 * kWarps * gridDim.z;
-#pragma unroll 2
-  for (int k = 64 * (warp + kWarps * blockIdx.z); k < k_size; k += stride) {
-    uint4 low[2], high[2], xs[2];
-#pragma unroll
-    for (int piece = 0; piece < 2; ++piece) {
-      const int at = k + quad * 16 + piece * 8;
-      const bool inside = at < k_size;
-      low[piece] = load_or_zero(a_low + at, inside && has_low);
-      high[piece] = load_or_zero(a_high + at, inside && has_high);
-      xs[piece] = inside && has_x ? load16(x_row + at) : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int piece = 0; piece < 2; ++piece) mma_pieces<T>(d, low[piece], high[piece], xs[piece]);
-  }
-
-  __shared__ float sums[kWarps][kRankTile][kGroup];
-  sums[warp][group][2 * quad] = d[0];
-  sums[warp][group][2 * quad + 1] = d[1];
-  sums[warp][group + 8][2 * quad] = d[2];
-  sums[warp][group + 8][2 * quad + 1] = d[3];
-  __syncthreads();
-  const int rank = threadIdx.x % kRankTile, column = threadIdx.x / kRankTile;
-  if (column < count && r0 + rank < rank_total) {
-    float sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += sums[w][rank][column];
-    const int64_t at = static_cast<int64_t>(blockIdx.z) * num_tokens + token + column;
-    partial[at * capacity + r0 + rank] = sum;
-  }
+  shrink_decode<T, kWarps>(partial, x, site, row_slots, num_tokens, capacity, blockIdx.x,
+                           blockIdx.y, blockIdx.z, gridDim.z);
 }
 
 // Which target a tile of outputs belongs to, and where it starts there.
@@ -129,18 +39,27 @@ __device__ bool find_tile(const Site& site, const SiteRow& row, int index, int t
   return false;
 }
 
+constexpr int kAhead = 4;  // rank rows of B that a warp has on their way before h is known
+
 // kTokens tokens from `token`: each warp takes every kWarps-th rank row of B.
 template <typename T, int kWarps, int kTokens>
 __device__ void expand_tokens(T* y, const Site& site, const Tile& tile, const float* h, int h_width,
-                              float (*sums)[kTokens][kOutTile], int token, int y_width) {
+                              float (*sums)[kTokens][kOutTile], const uint4 (&ahead)[kAhead],
+                              int token, int y_width) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int out = tile.start + lane * 8;
   const bool inside = out < tile.width;
   const T* b = static_cast<const T*>(site.arena) + tile.b_offset + out;
+  // This thread adds to two outputs of every token: on their way while B is read.
+  const int column = 2 * threadIdx.x;
+  const bool adds = tile.start + column < tile.width;
+  uint32_t* target = reinterpret_cast<uint32_t*>(y + static_cast<int64_t>(token) * y_width +
+                                                 tile.y_start + tile.start + column);
+  uint32_t before[kTokens];
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j) before[j] = adds ? target[j * y_width / 2] : 0;
   float acc[kTokens][8] = {};
-#pragma unroll 4
-  for (int r = warp; r < tile.rank; r += kWarps) {
-    const uint4 raw = load_or_zero(b + static_cast<int64_t>(r) * tile.width, inside);
+  const auto add = [&](const uint4& raw, int r) {
     const uint32_t bits[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -152,25 +71,29 @@ __device__ void expand_tokens(T* y, const Site& site, const Tile& tile, const fl
         acc[j][2 * i + 1] += scale * pair.y;
       }
     }
-  }
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i)
+    if (warp + kWarps * i < tile.rank) add(ahead[i], warp + kWarps * i);
+#pragma unroll 4
+  for (int r = warp + kWarps * kAhead; r < tile.rank; r += kWarps)
+    add(load_or_zero(b + static_cast<int64_t>(r) * tile.width, inside), r);
 #pragma unroll
   for (int j = 0; j < kTokens; ++j)
 #pragma unroll
     for (int i = 0; i < 8; ++i) sums[warp][j][lane * 8 + i] = acc[j][i];
   __syncthreads();
-  for (int i = threadIdx.x; i < kTokens * kOutTile / 2; i += 32 * kWarps) {
-    const int j = i / (kOutTile / 2), column = 2 * (i % (kOutTile / 2));
-    if (tile.start + column >= tile.width) continue;
+  static_assert(32 * kWarps == kOutTile / 2, "a thread for every two outputs");
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j) {
+    float2 sum = Pair<T>::unpack(before[j]);
     float low = 0.f, high = 0.f;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       low += sums[w][j][column];
       high += sums[w][j][column + 1];
     }
-    uint32_t* target = reinterpret_cast<uint32_t*>(y + static_cast<int64_t>(token + j) * y_width +
-                                                   tile.y_start + tile.start + column);
-    const float2 before = Pair<T>::unpack(*target);
-    *target = Pair<T>::pack(before.x + low, before.y + high);
+    if (adds) target[j * y_width / 2] = Pair<T>::pack(sum.x + low, sum.y + high);
   }
   __syncthreads();
 }
@@ -188,6 +111,15 @@ __global__ void __launch_bounds__(32 * kWarps)
   const SiteRow& row = row_of(site, row_slots[token]);
   Tile tile;
   if (row.rank_total == 0 || !find_tile(site, row, blockIdx.x, kOutTile, tile)) return;
+  const int warp = threadIdx.x / 32, out = tile.start + threadIdx.x % 32 * 8;
+  const T* b = static_cast<const T*>(site.arena) + tile.b_offset + out;
+  uint4 ahead[kAhead];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    const int r = warp + kWarps * i;
+    ahead[i] = load_or_zero(b + static_cast<int64_t>(r) * tile.width,
+                            r < tile.rank && out < tile.width);
+  }
   for (int i = threadIdx.x; i < count * tile.rank; i += 32 * kWarps) {
     const int j = i / tile.rank, r = i % tile.rank;
     float sum = 0.f;
@@ -201,11 +133,11 @@ __global__ void __launch_bounds__(32 * kWarps)
   int done = 0;
   for (; done + 4 <= count; done += 4)
     expand_tokens<T, kWarps, 4>(y, site, tile, h + done * tile.rank, tile.rank,
-                                reinterpret_cast<float(*)[4][kOutTile]>(sums), token + done,
+                                reinterpret_cast<float(*)[4][kOutTile]>(sums), ahead, token + done,
                                 y_width);
   for (; done < count; ++done)
     expand_tokens<T, kWarps, 1>(y, site, tile, h + done * tile.rank, tile.rank,
-                                reinterpret_cast<float(*)[1][kOutTile]>(sums), token + done,
+                                reinterpret_cast<float(*)[1][kOutTile]>(sums), ahead, token + done,
                                 y_width);
 }
 
@@ -304,6 +236,7 @@ __global__ void __launch_bounds__(128)
   constexpr int kPad = 8;
   __shared__ __align__(16) T b_tile[16][kPrefillOuts + kPad];
   __shared__ __align__(16) T h_tile[kTileTokens][16 + kPad];
+  __shared__ __align__(16) float sums[kTileTokens][kPrefillOuts + 4];
   const int* place = tiles + 3 * blockIdx.y;
   const SiteRow& row = row_of(site, place[0]);
   Tile tile;
@@ -347,16 +280,27 @@ __global__ void __launch_bounds__(128)
   }
 #pragma unroll
   for (int n = 0; n < kPrefillOuts / 8; ++n) {
+    const int t = 16 * warp + group, c = 8 * n + 2 * quad;
+    *reinterpret_cast<float2*>(&sums[t][c]) = make_float2(d[n][0], d[n][1]);
+    *reinterpret_cast<float2*>(&sums[t + 8][c]) = make_float2(d[n][2], d[n][3]);
+  }
+  __syncthreads();
+  // Through shared memory, so that y is read and written 16 bytes at a time.
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kTileTokens * kPrefillOuts / 8; i += 128) {
+    const int t = i / (kPrefillOuts / 8), c = 8 * (i % (kPrefillOuts / 8));
+    if (t >= count || tile.start + c >= tile.width) continue;
+    uint4* target = reinterpret_cast<uint4*>(y + static_cast<int64_t>(first + t) * y_width +
+                                             tile.y_start + tile.start + c);
+    const uint4 raw = *target;
+    const uint32_t bits[4] = {raw.x, raw.y, raw.z, raw.w};
+    uint32_t result[4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int t = 16 * warp + group + 8 * half, c = 8 * n + 2 * quad;
-      if (t < count && tile.start + c < tile.width) {
-        uint32_t* target = reinterpret_cast<uint32_t*>(
-            y + static_cast<int64_t>(first + t) * y_width + tile.y_start + tile.start + c);
-        const float2 before = Pair<T>::unpack(*target);
-        *target = Pair<T>::pack(before.x + d[n][2 * half], before.y + d[n][2 * half + 1]);
-      }
+    for (int j = 0; j < 4; ++j) {
+      const float2 before = Pair<T>::unpack(bits[j]);
+      result[j] = Pair<T>::pack(before.x + sums[t][c + 2 * j], before.y + sums[t][c + 2 * j + 1]);
     }
+    *target = make_uint4(result[0], result[1], result[2], result[3]);
   }
 }
 
@@ -369,7 +313,7 @@ int tiles_of(const Site& site, int tile) {
 int width_of(const Site& site) { return site.outs[0] + site.outs[1] + site.outs[2]; }
 
 template <typename T>
-int shrink_decode(float* partial, const void* x, const Site& site, const int* row_slots, int tokens,
+int launch_shrink(float* partial, const void* x, const Site& site, const int* row_slots, int tokens,
                   int capacity, int splits, cudaStream_t stream) {
   constexpr int kWarps = 8;
   const dim3 grid((capacity + kRankTile - 1) / kRankTile, tokens, splits);
@@ -414,8 +358,8 @@ extern "C" int lorafleet_lora_shrink(int is_half, float* partial, const void* x,
                                      cudaStream_t stream) {
   const Site site{arena, table, stride, in_features, {0, 0, 0}};
   return is_half
-             ? shrink_decode<__half>(partial, x, site, row_slots, tokens, capacity, splits, stream)
-             : shrink_decode<__nv_bfloat16>(partial, x, site, row_slots, tokens, capacity, splits,
+             ? launch_shrink<__half>(partial, x, site, row_slots, tokens, capacity, splits, stream)
+             : launch_shrink<__nv_bfloat16>(partial, x, site, row_slots, tokens, capacity, splits,
                                             stream);
 }
 

@@ -27,10 +27,12 @@ from typing import Self
 import torch
 
 from lorafleet.kernels.linear.op import linear
+from lorafleet.kernels.linear import cuda as skinny
 from lorafleet.kernels.lora import cuda
 from lorafleet.kernels.lora.cuda import Shrunk
 from lorafleet.kernels.lora.weights import Joined, SiteWeights
 
+OVERLAP = True
 Segment = tuple[int, int, int]  # slot, start, stop
 
 # Beyond this many tokens a segment at a time costs less than every slot's columns for every token.
@@ -114,10 +116,30 @@ class LoraBatch:
         return self._masks[columns]
 
 
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    site: SiteWeights,
+    batch: LoraBatch,
+) -> torch.Tensor:
+    """The base product with the op on top: x @ weight^T + bias, then lora_add_ to it."""
+    if site.has_kernels and batch.is_decode and not batch.is_empty and skinny.pays(x, weight):
+        y, shrunk = cuda.shrink_with_linear(x, weight, bias, site, batch.row_slots, batch.max_rank)
+        cuda.expand_(y, shrunk, site, batch.row_slots)
+        return y
+    begun = lora_begin(x, site, batch)
+    y = linear(x, weight, bias)
+    lora_add_(y, x, site, batch, begun)
+    return y
+
+
 def lora_begin(x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> Shrunk | None:
     """Starts the op's first half on a side stream, where it has one. See the module's docstring."""
     if batch.is_empty or not (site.has_kernels and batch.is_decode):
         return None
+    if not OVERLAP:
+        return cuda.shrink(x, site, batch.row_slots, batch.max_rank)
     side = _side_stream(x.device)
     side.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(side):
@@ -137,7 +159,8 @@ def lora_add_(
     assert x.shape[1] == site.in_features
     assert y.shape == (x.shape[0], sum(site.out_splits))
     if shrunk is not None:
-        torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
+        if OVERLAP:
+            torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
         cuda.expand_(y, shrunk, site, batch.row_slots)
     elif site.has_kernels:
         cuda.prefill_add_(y, x, site, batch.tiles, batch.max_rank)

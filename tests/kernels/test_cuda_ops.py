@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from lorafleet.kernels.decode_attention.op import decode_attention
+from lorafleet.kernels.decode_attention.reference import decode_attention as reference_attention
 from lorafleet.kernels.fused import cuda as fused_cuda
 from lorafleet.kernels.fused import reference as fused_reference
-from lorafleet.kernels.lora.op import LoraBatch, lora_add_, lora_begin
+from lorafleet.kernels.linear import cuda as skinny
+from lorafleet.kernels.lora.op import LoraBatch, lora_add_, lora_begin, lora_linear
 from lorafleet.kernels.lora.weights import SiteWeights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -142,6 +145,33 @@ def test_lora_by_popularity(popularity: str, rank: int, dtype: torch.dtype) -> N
         check(Site(in_features, outs, ranks, dtype), slots, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 8, 13, 32])
+@pytest.mark.parametrize(("wide", "outs"), [(64, 24), (512, 1000), (4096, 6144), (14336, 4096)])
+def test_skinny_linear(rows: int, wide: int, outs: int, dtype: torch.dtype) -> None:
+    x = torch.randn(rows, wide, device="cuda").to(dtype)
+    weight = torch.randn(outs, wide, device="cuda").to(dtype)
+    for bias in (None, torch.randn(outs, device="cuda").to(dtype)):
+        poison()
+        found = [skinny.linear(x, weight, bias) for _ in range(3)]
+        expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        assert (found[0].double() - expected).norm() <= 3e-3 * expected.norm()
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("slots", [[1], [1, 2, 3, 4, 5, 6, 0], [3] * 6 + [0, 5]])
+def test_a_skinny_linear_carries_the_shrink(slots: list[int]) -> None:
+    site = Site(1024, (256, 128, 128), MIXED_RANKS, torch.bfloat16)
+    x = torch.randn(len(slots), 1024, device="cuda").bfloat16()
+    weight = torch.randn(512, 1024, device="cuda").bfloat16()
+    batch = batch_of(slots, site.max_rank)
+    found = lora_linear(x, weight, None, site.weights, batch)
+    expected = skinny.linear(x, weight, None)
+    lora_add_(expected, x, site.weights, batch, lora_begin(x, site.weights, batch))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("length", [1, 17, 64, 65, 1000, 8192])
 def test_lora_prefill_of_one_long_segment(length: int) -> None:
     check(Site(512, (512, 128, 128), [(16, 16, 16)], torch.bfloat16), [1] * length, torch.bfloat16)
@@ -171,6 +201,53 @@ def test_lora_in_a_captured_graph_serves_every_mix() -> None:
         assert torch.equal(replayed, y)
         error = (y.double() - site.expected(x, slots)).norm()
         assert error <= 1e-2 * site.expected(x, slots).norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(4, 2, 64), (32, 8, 128), (8, 8, 128), (8, 1, 64)]
+)
+@pytest.mark.parametrize(
+    ("positions", "window", "softcap"),
+    [
+        ([0], None, None),
+        ([15, 16, 17, 100, 0], None, 30.0),
+        ([600] * 3 + [1, 2047], None, None),
+        ([600, 5, 40, 39, 64], 40, None),
+        (list(range(3, 900, 14)), 512, None),
+    ],
+)
+def test_decode_attention(
+    positions: list[int],
+    window: int | None,
+    softcap: float | None,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> None:
+    num_rows, max_pages = len(positions), 128
+    keys, values = torch.randn(2, 700, 16, kv_heads, head_dim, device="cuda").to(dtype)
+    page_table = torch.randint(0, 700, (num_rows + 5, max_pages), device="cuda")
+    rows = torch.randperm(num_rows + 5, device="cuda")[:num_rows]
+    query = torch.randn(num_rows, heads, head_dim, device="cuda").to(dtype)
+    places = torch.tensor(positions, device="cuda")
+    arrived = torch.zeros(num_rows * kv_heads, dtype=torch.int32, device="cuda")
+    scale = head_dim**-0.5
+    poison()
+    found = [
+        decode_attention(
+            query, keys, values, page_table, rows, places, arrived, scale, window, softcap
+        )
+        for _ in range(3)
+    ]
+    expected = reference_attention(
+        query, keys, values, page_table, rows, places, scale, window, softcap
+    )
+    assert (found[0].float() - expected).norm() <= 8e-3 * expected.norm()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert not arrived.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -63,7 +63,7 @@ class Engine:
         tier = DeviceTier(arena_bytes, num_slots, decoder.layout, torch.bfloat16, DEVICE)
         decoder.attach_adapters(tier.site)
         attention = FlashAttention(pool, decoder.attention_kinds, shape.heads)
-        graphs = DecodeGraphs(decoder, rows, attention)
+        graphs = DecodeGraphs(decoder, rows, pool)
         # No adapter is fetched here: moves go to the tier directly.
         worker = Worker(
             decoder, rows, pool, tier, Mock(), answers=False, fast=FastPath(attention, graphs)

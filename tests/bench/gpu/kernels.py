@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from lorafleet.kernels import timing
-from lorafleet.kernels.linear.op import linear
+from lorafleet.kernels.linear import cuda as skinny
 from lorafleet.kernels.lora.op import LoraBatch, lora_add_, lora_begin
 from lorafleet.kernels.lora.weights import SiteWeights
 
@@ -52,10 +53,14 @@ def linears() -> list[dict[str, object]]:
         weights = [torch.randn(sum(outs), wide, device="cuda", dtype=DTYPE) for _ in range(3)]
         for batch in (1, 8, 32, 64):
             x = torch.randn(batch, wide, device="cuda", dtype=DTYPE)
-            us = timing.graph_us(lambda x=x, weights=weights: [linear(x, w) for w in weights], 3)
-            share = weights[0].nbytes / (us * 1e-6) / bandwidth
-            rows.append({"what": name, "batch": batch, "us": us, "share": share})
-            print(f"linear {name:8} B={batch:3} {us:7.1f} us  {share:4.2f} of copy", flush=True)
+            ways = {"cublas": lambda x, w: F.linear(x, w)}
+            if skinny.supports(x, weights[0]):
+                ways["skinny"] = lambda x, w: skinny.linear(x, w, None)
+            for way, run in ways.items():
+                us = timing.graph_us(lambda x=x, run=run: [run(x, w) for w in weights], 3)
+                share = weights[0].nbytes / (us * 1e-6) / bandwidth
+                rows.append({"what": name, "way": way, "batch": batch, "us": us, "share": share})
+                print(f"{name:8} {way} B={batch:3} {us:7.1f} us {share:4.2f} of copy", flush=True)
     return rows
 
 

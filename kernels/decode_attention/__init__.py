@@ -1,0 +1,1 @@
+"""Attention of one new token per row over its paged keys and values."""
