@@ -4,6 +4,9 @@ PYTHON ?= python3
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PORT ?= 8080
 BENCH ?= peft demo router
+GPU_OUT ?= build/gpu/out
+GPU_PARTS ?= tests linears lora decode prefill
+GPU_SHAPES ?= llama-8b mistral-7b
 PYTEST ?= -n 2 --dist loadfile -q
 
 VENV := .venv
@@ -18,7 +21,8 @@ PACKAGES := proto kernels cache router shard client deploy
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup proto demo serve test lint types imports check bench fmt clean
+.PHONY: help setup proto demo serve test lint types imports check bench gpu fmt clean
+gpu: SHELL := /bin/bash
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +56,14 @@ check: lint types imports test ## what CI runs
 
 bench: setup ## the numbers of docs/benchmarks.md (BENCH="peft demo router profile")
 	@$(BIN)/python -m tests.bench $(BENCH)
+
+gpu: ## tests and benchmarks of this machine's CUDA device, into GPU_OUT; needs no network
+	@rm -rf build/gpu/site && mkdir -p build/gpu/path $(GPU_OUT)
+	@$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --no-compile --target build/gpu/site .
+	@ln -sfn $(CURDIR)/tests build/gpu/path/tests
+	@PYTHONUNBUFFERED=1 PYTHONPATH="$(CURDIR)/build/gpu/site:$(CURDIR)/build/gpu/path:$$PYTHONPATH" \
+	  $(PYTHON) -P -m tests.bench.gpu --out $(GPU_OUT) $(addprefix --shape ,$(GPU_SHAPES)) $(GPU_PARTS) 2>&1 \
+	  | tee $(GPU_OUT)/log.txt; exit $${PIPESTATUS[0]}
 
 fmt: setup ## sort imports, fix what can be fixed, format
 	@$(BIN)/ruff check --quiet --fix-only .

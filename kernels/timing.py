@@ -1,4 +1,4 @@
-"""Timing on a CUDA device: events around replays, and the bandwidth that floors are counted with."""
+"""Timing on a CUDA device: events around replays, and the bandwidth that floors count with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 
-def elapsed_ms(run: Callable[[], None], repeats: int, warm_up: int = 3) -> float:
+def elapsed_ms(run: Callable[[], object], repeats: int, warm_up: int = 3) -> float:
     """Mean milliseconds of `run` over `repeats` back to back, by events."""
     for _ in range(warm_up):
         run()
@@ -21,7 +21,7 @@ def elapsed_ms(run: Callable[[], None], repeats: int, warm_up: int = 3) -> float
     return float(start.elapsed_time(stop)) / repeats
 
 
-def graph_us(run: Callable[[], None], calls: int, repeats: int = 20) -> float:
+def graph_us(run: Callable[[], object], calls: int, repeats: int = 20) -> float:
     """Median microseconds of one of the `calls` launches that `run` makes, replayed as a graph."""
     run()
     torch.cuda.synchronize()

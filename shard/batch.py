@@ -45,7 +45,8 @@ def build_batch(
 ) -> Batch:
     """Tensors of a plan whose starts and pages `rows` already holds. At least one row.
 
-    `max_rank` is the largest of the slots' adapters. Attention is planned with `flash` where there is one, and is plain torch otherwise.
+    `max_rank` is the largest of the slots' adapters. Attention is planned with `flash` where there
+    is one, and is plain torch otherwise.
     """
     device = rows.device
     stops = list(accumulate(plan.token_counts))

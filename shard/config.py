@@ -23,7 +23,7 @@ class ShardConfig:
     )
     load_format: str = flag(
         "auto",
-        "auto reads the checkpoint's safetensors; dummy makes random weights from config.json alone, "
+        "auto reads the checkpoint's safetensors; dummy makes random weights from config.json, "
         "to measure speed without a checkpoint",
         choices=("auto", "dummy"),
     )

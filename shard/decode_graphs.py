@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from lorafleet.kernels.decode_attention.op import decode_attention, supports
+from lorafleet.kernels.greedy.op import greedy as greedy_kernel
 from lorafleet.kernels.lora.op import LoraBatch
 from lorafleet.shard.config import PAGE_SIZE
 from lorafleet.shard.kv_pool import KvPool
@@ -143,7 +144,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def run(self, step: DecodeStep) -> tuple[torch.Tensor, Draw]:
-        """Queues a step: its logits [rows, vocab] float32 and the greedy choice.
+        """Queues a step: what the head gives [rows, vocab], and the greedy choice.
 
         Both are valid until the next call; the greedy tokens are already in the row table.
         """
@@ -203,8 +204,11 @@ class DecodeGraphs:
             ),
             lora,
         )
-        logits = self._decoder.logits(hidden)
-        draw = greedy(logits)
+        logits = self._decoder.head(hidden)
+        if self._decoder.has_plain_logits:
+            draw = Draw(*greedy_kernel(logits.contiguous(), self._arrived))
+        else:
+            draw = greedy(self._decoder.finish_logits(logits))
         tokens.index_copy_(0, inputs.target, draw.tokens.clamp(min=0))
         return logits, draw
 

@@ -85,7 +85,7 @@ class FlashAttention:
 
     def mixed(self, locations: torch.Tensor, rows: RowPages) -> FlashBatch:
         """Plans a step of prefill and decode rows; `locations` as FlashBatch has them."""
-        # Planning overwrites page-locked memory, whose copies wait on the device for the step before.
+        # Planning overwrites page-locked memory, whose copies wait for the step before.
         self._copied.synchronize()
         tokens, indptr, pages, last = (part.pin_memory() for part in rows.tensors())
         for kind, wrapper in self._mixed.items():

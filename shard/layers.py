@@ -168,13 +168,13 @@ class VocabHead(nn.Module):
         self.weight = nn.Parameter(prepack(self.weight), requires_grad=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] -> float32 logits [n, vocab_size], the same bits on every rank."""
+        """[n, hidden] -> logits [n, vocab_size], the same bits on every rank."""
         local = linear(hidden, self.weight, self.bias)
         if self._group.size == 1:
-            return local.float()
+            return local
         width = -(-self._vocab_size // self._group.size)
         padded = F.pad(local, (0, width - local.shape[1]))  # the last rank may have fewer
-        return self._group.all_gather_columns(padded)[:, : self._vocab_size].float()
+        return self._group.all_gather_columns(padded)[:, : self._vocab_size]
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:

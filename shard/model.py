@@ -151,7 +151,16 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 logits [n, vocab_size] of hidden states [n, hidden]."""
-        logits: torch.Tensor = self.head(hidden)
+        return self.finish_logits(self.head(hidden))
+
+    @property
+    def has_plain_logits(self) -> bool:
+        """Whether `finish_logits` changes nothing but the dtype."""
+        return self._softcap is None
+
+    def finish_logits(self, raw: torch.Tensor) -> torch.Tensor:
+        """float32 logits from what the head gives, the model's soft cap applied."""
+        logits = raw.float()
         if self._softcap is not None:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits

@@ -57,7 +57,7 @@ class RowTable:
         """Where in the KV pool one position of each row lies: page * page_size + offset."""
         places = torch.tensor(positions)
         pages = self._host_pages[torch.tensor(rows), places // PAGE_SIZE]
-        return (pages * PAGE_SIZE + places % PAGE_SIZE).tolist()  # type: ignore[no-any-return]
+        return (pages * PAGE_SIZE + places % PAGE_SIZE).tolist()
 
     def pages(self, row: int, length: int) -> torch.Tensor:
         """The pages of a row's first `length` tokens: int32 on the host, a view."""

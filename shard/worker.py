@@ -163,7 +163,7 @@ class Worker:
 
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs, launched: Launched) -> None:
         """A step of one token a row, as a captured graph."""
-        logits, draw = graphs.run(
+        raw, draw = graphs.run(
             DecodeStep(
                 plan.rows,
                 plan.first_positions,
@@ -172,7 +172,12 @@ class Worker:
                 self._max_rank(plan),
             )
         )
-        if not all(is_greedy(self._rows.sampling[row]) for row in plan.rows):
+        params = [self._rows.sampling[row] for row in plan.rows]
+        if all(is_greedy(p) and not p.num_top_logprobs for p in params):
+            launched.columns |= {"tokens": to_host(draw.tokens), "logprobs": to_host(draw.logprobs)}
+            return
+        logits = self._decoder.finish_logits(raw)
+        if not all(map(is_greedy, params)):
             draw = self._draw(logits, plan.rows, [p + 1 for p in plan.first_positions])
         launched.columns |= self._answer(logits, draw, plan.rows)
 

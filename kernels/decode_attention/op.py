@@ -10,8 +10,8 @@ Arguments:
     query         [num_rows, heads, head_dim], fp16 or bf16, contiguous.
     keys, values  [num_pages, 16, kv_heads, head_dim]; heads / kv_heads is 1 .. 8.
     page_table    int64 [table_rows, max_pages]; rows int64 [num_rows]; positions int64 [num_rows].
-    arrived       int32 [at least num_rows * kv_heads], zero; the kernel leaves it zero. Launches that
-                  may overlap need one each.
+    arrived       int32 [at least num_rows * kv_heads], zero; the kernel leaves it zero. Launches
+                  that may overlap need one each.
 
 All but the shapes is read on the device: a captured launch serves any rows. head_dim 64 or 128.
 """

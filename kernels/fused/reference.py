@@ -59,5 +59,5 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     turned, kept = x[..., :rotary_dim], x[..., rotary_dim:]
     first, second = turned.chunk(2, dim=-1)
     half = torch.cat((-second, first), dim=-1)
-    result = (turned * cos.unsqueeze(1)).add_(half.mul_(sin.unsqueeze(1)))
+    result: torch.Tensor = (turned * cos.unsqueeze(1)).add_(half.mul_(sin.unsqueeze(1)))
     return torch.cat((result, kept), dim=-1) if kept.shape[-1] else result

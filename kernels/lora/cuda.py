@@ -27,6 +27,7 @@ from lorafleet.kernels.lora.weights import SiteWeights
 TILE_TOKENS = 64
 _RANK_TILE = 16  # ranks of one shrink block
 _MIN_SPLIT = 512  # features of x that a block reads at least
+_GUEST_BLOCKS = 64  # of a shrink that shares its launch: few, since the product needs the rest
 _WAVE_BLOCKS = 264  # two for each multiprocessor of the largest device
 
 
@@ -61,7 +62,7 @@ def shrink_with_linear(
 ) -> tuple[torch.Tensor, Shrunk]:
     """x @ weight^T + bias, and `shrink`, in one launch; for what `linear.cuda.supports`."""
     capacity = max_rank * len(site.out_splits)
-    splits = _splits(len(x) * -(-capacity // _RANK_TILE), site.in_features)
+    splits = _splits(len(x) * -(-capacity // _RANK_TILE), site.in_features, _GUEST_BLOCKS)
     partial = x.new_empty(splits, len(x), capacity, dtype=torch.float32)
     addresses = (
         partial.data_ptr(), site.arena.data_ptr(), site.table.data_ptr(), site.table.stride(0),
@@ -106,8 +107,8 @@ def tiles_of(segments: Sequence[tuple[int, int, int]]) -> torch.Tensor:
     return torch.tensor(cut, dtype=torch.int32)
 
 
-def _splits(num_blocks: int, in_features: int) -> int:
-    return max(1, min(in_features // _MIN_SPLIT, -(-_WAVE_BLOCKS // num_blocks)))
+def _splits(num_blocks: int, in_features: int, wanted: int = _WAVE_BLOCKS) -> int:
+    return max(1, min(in_features // _MIN_SPLIT, -(-wanted // num_blocks)))
 
 
 def _outs(site: SiteWeights) -> tuple[int, ...]:

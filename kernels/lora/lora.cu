@@ -141,6 +141,66 @@ __global__ void __launch_bounds__(32 * kWarps)
                                 y_width);
 }
 
+// The expand where warps enough are busy without sharing ranks: a warp by itself takes one token and
+// 256 outputs, 16 ranks at a time, and none waits for another. Tokens of one slot read the same B,
+// from the L2. grid (pairs of output tiles, tokens).
+constexpr int kAloneWarps = 2;
+
+template <typename T>
+__global__ void __launch_bounds__(32 * kAloneWarps, 8)
+    expand_alone_kernel(T* y, const float* partial, Site site, const int* row_slots, int num_tokens,
+                        int capacity, int splits, int y_width) {
+  constexpr int kRanks = 16;
+  const int token = blockIdx.y, lane = threadIdx.x % 32;
+  const int slot = row_slots[token];
+  if (slot == 0) return;
+  const SiteRow& row = row_of(site, slot);
+  Tile tile;
+  const int index = blockIdx.x * kAloneWarps + threadIdx.x / 32;
+  if (row.rank_total == 0 || !find_tile(site, row, index, kOutTile, tile)) return;
+  const int out = tile.start + lane * 8;
+  const bool inside = out < tile.width;
+  const T* b = static_cast<const T*>(site.arena) + tile.b_offset + out;
+  T* target = y + static_cast<int64_t>(token) * y_width + tile.y_start + out;
+  const float* h_token = partial + static_cast<int64_t>(token) * capacity + tile.h_start;
+  const uint4 before = inside ? load16(target) : make_uint4(0, 0, 0, 0);
+  float acc[8] = {};
+  for (int r0 = 0; r0 < tile.rank; r0 += kRanks) {
+    uint4 rows[kRanks];
+#pragma unroll
+    for (int i = 0; i < kRanks; ++i)
+      rows[i] = load_or_zero(b + static_cast<int64_t>(r0 + i) * tile.width,
+                             inside && r0 + i < tile.rank);
+    float h = 0.f;  // of rank r0 + lane
+    if (lane < kRanks && r0 + lane < tile.rank) {
+#pragma unroll 4
+      for (int s = 0; s < splits; ++s)
+        h += h_token[static_cast<int64_t>(s) * num_tokens * capacity + r0 + lane];
+    }
+    h = rounded<T>(h);
+#pragma unroll
+    for (int r = 0; r < kRanks; ++r) {
+      const float scale = __shfl_sync(kFullWarp, h, r);
+      const uint32_t bits[4] = {rows[r].x, rows[r].y, rows[r].z, rows[r].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = Pair<T>::unpack(bits[i]);
+        acc[2 * i] += scale * pair.x;
+        acc[2 * i + 1] += scale * pair.y;
+      }
+    }
+  }
+  if (!inside) return;
+  const uint32_t bits[4] = {before.x, before.y, before.z, before.w};
+  uint32_t result[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 old = Pair<T>::unpack(bits[i]);
+    result[i] = Pair<T>::pack(old.x + acc[2 * i], old.y + acc[2 * i + 1]);
+  }
+  *reinterpret_cast<uint4*>(target) = make_uint4(result[0], result[1], result[2], result[3]);
+}
+
 // Prefill. tiles: int32 [num_tiles, 3] = (slot, first token, end), at most 64 tokens each.
 constexpr int kTileTokens = 64;
 constexpr int kTileRanks = 64;
@@ -230,7 +290,7 @@ constexpr int kPrefillOuts = 128;
 
 // grid (output tiles, token tiles); 4 warps, 16 tokens each, over 128 outputs.
 template <typename T>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 3)
     expand_prefill_kernel(T* y, const T* h, Site site, const int* tiles, int capacity,
                           int y_width) {
   constexpr int kPad = 8;
@@ -246,6 +306,18 @@ __global__ void __launch_bounds__(128)
   const int first = place[1], count = place[2] - place[1];
   const T* b = static_cast<const T*>(site.arena) + tile.b_offset + tile.start;
   const T zero = Pair<T>::round(0.f);
+  // y is on its way while the product is computed: 16 bytes a piece, 8 pieces a thread.
+  constexpr int kPieces = kTileTokens * kPrefillOuts / 8 / 128;
+  T* y_tile = y + static_cast<int64_t>(first) * y_width + tile.y_start + tile.start;
+  uint4 before[kPieces];
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    const int i = threadIdx.x + 128 * p;
+    const int t = i / (kPrefillOuts / 8), c = 8 * (i % (kPrefillOuts / 8));
+    before[p] = t < count && tile.start + c < tile.width
+                    ? load16(y_tile + static_cast<int64_t>(t) * y_width + c)
+                    : make_uint4(0, 0, 0, 0);
+  }
   float d[kPrefillOuts / 8][4] = {};
   for (int r0 = 0; r0 < tile.rank; r0 += 16) {
     __syncthreads();
@@ -286,21 +358,20 @@ __global__ void __launch_bounds__(128)
   }
   __syncthreads();
   // Through shared memory, so that y is read and written 16 bytes at a time.
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kTileTokens * kPrefillOuts / 8; i += 128) {
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    const int i = threadIdx.x + 128 * p;
     const int t = i / (kPrefillOuts / 8), c = 8 * (i % (kPrefillOuts / 8));
     if (t >= count || tile.start + c >= tile.width) continue;
-    uint4* target = reinterpret_cast<uint4*>(y + static_cast<int64_t>(first + t) * y_width +
-                                             tile.y_start + tile.start + c);
-    const uint4 raw = *target;
-    const uint32_t bits[4] = {raw.x, raw.y, raw.z, raw.w};
+    const uint32_t bits[4] = {before[p].x, before[p].y, before[p].z, before[p].w};
     uint32_t result[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float2 before = Pair<T>::unpack(bits[j]);
-      result[j] = Pair<T>::pack(before.x + sums[t][c + 2 * j], before.y + sums[t][c + 2 * j + 1]);
+      const float2 old = Pair<T>::unpack(bits[j]);
+      result[j] = Pair<T>::pack(old.x + sums[t][c + 2 * j], old.y + sums[t][c + 2 * j + 1]);
     }
-    *target = make_uint4(result[0], result[1], result[2], result[3]);
+    *reinterpret_cast<uint4*>(y_tile + static_cast<int64_t>(t) * y_width + c) =
+        make_uint4(result[0], result[1], result[2], result[3]);
   }
 }
 
@@ -325,6 +396,12 @@ int launch_shrink(float* partial, const void* x, const Site& site, const int* ro
 template <typename T>
 int expand_decode(void* y, const float* partial, const Site& site, const int* row_slots, int tokens,
                   int capacity, int max_rank, int splits, cudaStream_t stream) {
+  if (tokens >= (max_rank <= 32 ? 4 : 16)) {
+    const dim3 pairs((tiles_of(site, kOutTile) + kAloneWarps - 1) / kAloneWarps, tokens);
+    expand_alone_kernel<T><<<pairs, 32 * kAloneWarps, 0, stream>>>(
+        static_cast<T*>(y), partial, site, row_slots, tokens, capacity, splits, width_of(site));
+    return cudaGetLastError();
+  }
   constexpr int kWarps = 4;
   const dim3 grid(tiles_of(site, kOutTile), tokens);
   expand_decode_kernel<T, kWarps><<<grid, 32 * kWarps, kGroup * max_rank * sizeof(float), stream>>>(

@@ -26,13 +26,12 @@ from typing import Self
 
 import torch
 
-from lorafleet.kernels.linear.op import linear
 from lorafleet.kernels.linear import cuda as skinny
+from lorafleet.kernels.linear.op import linear
 from lorafleet.kernels.lora import cuda
 from lorafleet.kernels.lora.cuda import Shrunk
 from lorafleet.kernels.lora.weights import Joined, SiteWeights
 
-OVERLAP = True
 Segment = tuple[int, int, int]  # slot, start, stop
 
 # Beyond this many tokens a segment at a time costs less than every slot's columns for every token.
@@ -138,8 +137,6 @@ def lora_begin(x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> Shrunk |
     """Starts the op's first half on a side stream, where it has one. See the module's docstring."""
     if batch.is_empty or not (site.has_kernels and batch.is_decode):
         return None
-    if not OVERLAP:
-        return cuda.shrink(x, site, batch.row_slots, batch.max_rank)
     side = _side_stream(x.device)
     side.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(side):
@@ -159,8 +156,7 @@ def lora_add_(
     assert x.shape[1] == site.in_features
     assert y.shape == (x.shape[0], sum(site.out_splits))
     if shrunk is not None:
-        if OVERLAP:
-            torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
+        torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
         cuda.expand_(y, shrunk, site, batch.row_slots)
     elif site.has_kernels:
         cuda.prefill_add_(y, x, site, batch.tiles, batch.max_rank)

@@ -123,11 +123,11 @@ def test_a_failed_copy_raises_in_wait_and_take_ready() -> None:
     good = adapter("cpu", 1.0)
     short = PackedAdapter(PackedForm(good.form.rows, good.form.num_elements, 4), good.buffer[:-64])
     tier.begin_move(short, 1, 0)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="broadcast"):
         tier.wait([1])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="broadcast"):
         tier.wait_all()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="broadcast"):
         drain(tier, 1)
 
 

@@ -12,10 +12,16 @@ import pytest
 from lorafleet.kernels.build import KernelBuildError, NvccMissing, build_log, library_path
 
 ENTRIES = (
-    "lorafleet_decode_attention", "lorafleet_lora_expand", "lorafleet_lora_prefill",
-    "lorafleet_lora_shrink", "lorafleet_rms_norm", "lorafleet_rotary_and_store",
-    "lorafleet_silu_mul", "lorafleet_skinny_linear",
-)  # fmt: skip
+    "lorafleet_decode_attention",
+    "lorafleet_greedy",
+    "lorafleet_lora_expand",
+    "lorafleet_lora_prefill",
+    "lorafleet_lora_shrink",
+    "lorafleet_rms_norm",
+    "lorafleet_rotary_and_store",
+    "lorafleet_silu_mul",
+    "lorafleet_skinny_linear",
+)
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 

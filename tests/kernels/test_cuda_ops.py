@@ -11,6 +11,7 @@ from lorafleet.kernels.decode_attention.op import decode_attention
 from lorafleet.kernels.decode_attention.reference import decode_attention as reference_attention
 from lorafleet.kernels.fused import cuda as fused_cuda
 from lorafleet.kernels.fused import reference as fused_reference
+from lorafleet.kernels.greedy.op import greedy
 from lorafleet.kernels.linear import cuda as skinny
 from lorafleet.kernels.lora.op import LoraBatch, lora_add_, lora_begin, lora_linear
 from lorafleet.kernels.lora.weights import SiteWeights
@@ -32,7 +33,8 @@ class Site:
         dtype: torch.dtype,
         num_slots: int = 70,
     ) -> None:
-        blocks, rows, cursor = [], [(0,) * 8], 0
+        rows: list[tuple[int, ...]] = [(0,) * 8]
+        blocks, cursor = [], 0
         for per_target in ranks:
             row = [cursor, sum(per_target)]
             sizes = [sum(per_target) * in_features]
@@ -283,15 +285,41 @@ def test_rotary(
     tokens = 13
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device="cuda").to(dtype)
     cos, sin = torch.randn(2, tokens, rotary_dim, device="cuda").to(dtype)
-    norms = [torch.randn(head_dim, device="cuda").to(dtype) if normed else None for _ in range(2)]
+    q_norm, k_norm = (
+        torch.randn(head_dim, device="cuda").to(dtype) if normed else None for _ in range(2)
+    )
     locations = torch.randperm(64, device="cuda")[:tokens]
     pools = torch.zeros(2, 2, 4, 16, kv_heads, head_dim, device="cuda", dtype=dtype)
-    found = fused_cuda.rotary_and_store_(qkv.clone(), cos, sin, *pools[0], locations, *norms, 1e-6)
+    found = fused_cuda.rotary_and_store_(
+        qkv.clone(), cos, sin, pools[0, 0], pools[0, 1], locations, q_norm, k_norm, 1e-6
+    )
     expected = fused_reference.rotary_and_store_(
-        qkv.clone(), cos, sin, *pools[1], locations, *norms, 1e-6
+        qkv.clone(), cos, sin, pools[1, 0], pools[1, 1], locations, q_norm, k_norm, 1e-6
     )
     _close(found, expected)
     _close(pools[0], pools[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 128256), (5, 300), (64, 32000), (3, 4096)])
+def test_greedy(rows: int, vocab: int, dtype: torch.dtype) -> None:
+    logits = (4 * torch.randn(rows, vocab, device="cuda")).to(dtype)
+    arrived = torch.zeros(rows, dtype=torch.int32, device="cuda")
+    if rows > 2:
+        logits[1, 7] = float("nan")
+        logits[2, 3] = logits[2].max()  # of equal ones the first
+    for _ in range(2):
+        poison()
+        tokens, logprobs = greedy(logits, arrived)
+        best = logits.float().max(dim=-1).values
+        expected = best - logits.float().logsumexp(-1)
+        for row in range(rows):
+            if rows > 2 and row == 1:
+                assert tokens[row] == -1
+                continue
+            assert tokens[row] == int((logits[row] == best[row].to(dtype)).nonzero()[0])
+            torch.testing.assert_close(logprobs[row], expected[row], atol=1e-4, rtol=1e-4)
+        assert not arrived.any()
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -100,7 +101,8 @@ def test_tokens_are_as_likely_as_pefts(family: str, tmp_path: Path) -> None:
     assert tokens == run(graphs, slots, prompts)
     alone = [run(graphs, [s], [p])[0] for s, p in zip(slots, prompts, strict=True)]
     launched = run(eager, slots, prompts)
-    model = AutoModelForCausalLM.from_pretrained(base).cuda()
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    model.to("cuda")
     for row, slot in enumerate(slots):
         adapted = PeftModel.from_pretrained(model, tmp_path / "adapters" / RECIPES[slot - 1].name)
         for drawn in (tokens[row], alone[row], launched[row]):

@@ -1,14 +1,19 @@
-"""`python -m tests.bench.gpu --out DIR [PART ...]`: the benchmarks of one CUDA device.
+"""`python -m tests.bench.gpu --out DIR [PART ...]`: tests and benchmarks of one CUDA device.
 
-Parts: linears, lora (kernels); decode, prefill (the engine's steps). Each writes DIR/PART.json.
+Parts: tests; linears, lora (kernels); decode, prefill (the engine's steps). `make gpu` installs the
+checkout beside and calls this. Each benchmark writes DIR/PART-SHAPE.json.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
+import subprocess
+import sys
 import time
 from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +22,24 @@ from lorafleet.kernels import timing
 from tests.bench.gpu import kernels, step
 from tests.bench.gpu.shapes import SHAPES
 
-PARTS = {
+_TESTS = ("tests/kernels/test_cuda_ops.py", "tests/shard/test_cuda_step.py")
+_ROOT = Path(__file__).parents[3]
+
+
+def _tests(_: str) -> list[dict[str, object]]:
+    if importlib.util.find_spec("pytest") is None:
+        print("tests: skipped, pytest is not installed", flush=True)
+        return []
+    # Without the project's pytest plugins, which a GPU image need not have.
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", "."]
+    done = subprocess.run([*command, "-p", "no:cacheprovider", *_TESTS], cwd=_ROOT, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return [{"what": "tests", "passed": True}]
+
+
+PARTS: dict[str, Callable[[str], list[dict[str, object]]]] = {
+    "tests": _tests,
     "linears": lambda shape: kernels.linears(),
     "lora": lambda shape: kernels.lora(),
     "decode": step.decode,

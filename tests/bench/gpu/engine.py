@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from unittest.mock import Mock
 
 import torch
@@ -62,7 +63,11 @@ class Engine:
         )
         tier = DeviceTier(arena_bytes, num_slots, decoder.layout, torch.bfloat16, DEVICE)
         decoder.attach_adapters(tier.site)
-        attention = FlashAttention(pool, decoder.attention_kinds, shape.heads)
+        attention = None
+        if FlashAttention.supports(decoder.dtype, DEVICE, shape.head_dim):
+            attention = FlashAttention(pool, decoder.attention_kinds, shape.heads)
+        else:
+            print("FlashInfer is not installed: prompts attend in plain torch", flush=True)
         graphs = DecodeGraphs(decoder, rows, pool)
         # No adapter is fetched here: moves go to the tier directly.
         worker = Worker(
@@ -158,7 +163,7 @@ class Engine:
                 self._finish(launched.popleft())
                 times.append(time.perf_counter())
         self._finish(launched.popleft())
-        gaps = [b - a for a, b in zip(times[8:], times[9:], strict=False)]
+        gaps = [b - a for a, b in pairwise(times[8:])]
         return 1e3 * statistics.median(gaps)
 
     def replay_ms(self, slots: Sequence[int], repeats: int = 20) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,20 +50,38 @@ def lora() -> list[dict[str, object]]:
 
 def linears() -> list[dict[str, object]]:
     """The base model's products alone, microseconds and share of the copy bandwidth."""
-    bandwidth, rows = timing.copy_bandwidth(), []
+    bandwidth = timing.copy_bandwidth()
+    rows: list[dict[str, object]] = []
     for name, (wide, outs) in (_SITES | {"head": (4096, (128256,))}).items():
         weights = [torch.randn(sum(outs), wide, device="cuda", dtype=DTYPE) for _ in range(3)]
         for batch in (1, 8, 32, 64):
             x = torch.randn(batch, wide, device="cuda", dtype=DTYPE)
-            ways = {"cublas": lambda x, w: F.linear(x, w)}
-            if skinny.supports(x, weights[0]):
-                ways["skinny"] = lambda x, w: skinny.linear(x, w, None)
-            for way, run in ways.items():
-                us = timing.graph_us(lambda x=x, run=run: [run(x, w) for w in weights], 3)
-                share = weights[0].nbytes / (us * 1e-6) / bandwidth
-                rows.append({"what": name, "way": way, "batch": batch, "us": us, "share": share})
-                print(f"{name:8} {way} B={batch:3} {us:7.1f} us {share:4.2f} of copy", flush=True)
+            rows += [row | {"what": name} for row in _products(x, weights, bandwidth)]
+            for row in rows[-2:]:
+                print(row, flush=True)
     return rows
+
+
+def _products(
+    x: torch.Tensor, weights: list[torch.Tensor], bandwidth: float
+) -> list[dict[str, object]]:
+    ways: dict[str, Callable[..., torch.Tensor]] = {"cublas": F.linear}
+    if skinny.supports(x, weights[0]):
+        ways["skinny"] = skinny.linear
+    rows: list[dict[str, object]] = []
+    for way, multiply in ways.items():
+        run = partial(_multiply_all, multiply, x, weights)
+        us = timing.graph_us(run, len(weights))
+        share = weights[0].nbytes / (us * 1e-6) / bandwidth
+        rows.append({"way": way, "batch": len(x), "us": us, "share": share})
+    return rows
+
+
+def _multiply_all(
+    multiply: Callable[..., torch.Tensor], x: torch.Tensor, weights: list[torch.Tensor]
+) -> None:
+    for weight in weights:
+        multiply(x, weight, None)
 
 
 def _measure(rank: int, popularity: str, batch: int, bandwidth: float) -> dict[str, object]:
@@ -70,7 +90,7 @@ def _measure(rank: int, popularity: str, batch: int, bandwidth: float) -> dict[s
     total, floor = 0.0, 0.0
     for name, (wide, outs) in _SITES.items():
         cases = [_case(wide, outs, rank, slots) for _ in range(_COPIES)]
-        us = timing.graph_us(lambda cases=cases: [_run(case) for case in cases], _COPIES)
+        us = timing.graph_us(partial(_run_all, cases), _COPIES)
         row[f"{name}_us"] = us
         total += us
         floor += len(set(slots)) * 2 * rank * (len(outs) * wide + sum(outs)) / bandwidth * 1e6
@@ -78,7 +98,8 @@ def _measure(rank: int, popularity: str, batch: int, bandwidth: float) -> dict[s
 
 
 def _case(wide: int, outs: tuple[int, ...], rank: int, slots: list[int]) -> _Case:
-    rows, cursor = [(0,) * 8], 0
+    rows: list[tuple[int, ...]] = [(0,) * 8]
+    cursor = 0
     for _ in range(max(slots)):
         row = [cursor, rank * len(outs)]
         cursor += rank * len(outs) * wide
@@ -97,6 +118,7 @@ def _case(wide: int, outs: tuple[int, ...], rank: int, slots: list[int]) -> _Cas
     )
 
 
-def _run(case: _Case) -> None:
-    shrunk = lora_begin(case.x, case.weights, case.batch)
-    lora_add_(case.y, case.x, case.weights, case.batch, shrunk)
+def _run_all(cases: list[_Case]) -> None:
+    for case in cases:
+        shrunk = lora_begin(case.x, case.weights, case.batch)
+        lora_add_(case.y, case.x, case.weights, case.batch, shrunk)

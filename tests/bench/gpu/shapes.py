@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
@@ -25,7 +26,7 @@ class Shape:
     def config(self) -> PreTrainedConfig:
         """The transformers config, for random weights."""
         kind = LlamaConfig if self.name.startswith("llama") else MistralConfig
-        extra = {} if kind is LlamaConfig else {"sliding_window": None}
+        extra: dict[str, Any] = {} if kind is LlamaConfig else {"sliding_window": None}
         return kind(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden,
