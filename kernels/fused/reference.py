@@ -39,7 +39,7 @@ def rotary_and_store_(
 ) -> torch.Tensor:
     """The queries [num_tokens, heads, head_dim]."""
     num_kv_heads, head_dim = keys.shape[-2:]
-    heads = qkv.unflatten(1, (-1, head_dim))
+    heads = qkv.view(len(qkv), -1, head_dim)
     q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_norm is not None and k_norm is not None:
         rotated = _rotate(
@@ -47,10 +47,9 @@ def rotary_and_store_(
         )
     else:
         rotated = _rotate(heads[:, :-num_kv_heads], cos, sin)
-    query, key = rotated.split([q.shape[1], num_kv_heads], dim=1)
-    keys.flatten(0, 1).index_copy_(0, locations, key)
+    keys.flatten(0, 1).index_copy_(0, locations, rotated[:, -num_kv_heads:])
     values.flatten(0, 1).index_copy_(0, locations, v)
-    return query
+    return rotated[:, :-num_kv_heads]
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -60,4 +59,4 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     first, second = turned.chunk(2, dim=-1)
     half = torch.cat((-second, first), dim=-1)
     result: torch.Tensor = (turned * cos.unsqueeze(1)).add_(half.mul_(sin.unsqueeze(1)))
-    return torch.cat((result, kept), dim=-1) if kept.shape[-1] else result
+    return torch.cat((result, kept), dim=-1) if kept.numel() else result
