@@ -5,7 +5,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PORT ?= 8080
 BENCH ?= peft demo router
 GPU_OUT ?= build/gpu/out
-GPU_PARTS ?= tests linears lora decode prefill
+GPU_PARTS ?= tests linears lora decode prefill transfers capacity
 GPU_SHAPES ?= llama-8b mistral-7b
 PYTEST ?= -n 2 --dist loadfile -q
 

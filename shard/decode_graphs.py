@@ -150,7 +150,7 @@ class DecodeGraphs:
         """
         count = len(step.rows)
         size = self._sizes[bisect_left(self._sizes, count)]
-        captured = self._graph(size, _rank_class(step.max_rank))
+        captured = self._graph(size, rank_class(step.max_rank))
         self._prepare(size, step)
         captured.graph.replay()
         draw = Draw(captured.draw.tokens[:count], captured.draw.logprobs[:count])
@@ -159,7 +159,7 @@ class DecodeGraphs:
     def replay(self, num_rows: int, max_rank: int) -> None:
         """Queues the graph of such a step once more over its last inputs, to be timed."""
         size = self._sizes[bisect_left(self._sizes, num_rows)]
-        self._graph(size, _rank_class(max_rank)).graph.replay()
+        self._graph(size, rank_class(max_rank)).graph.replay()
 
     def _prepare(self, size: int, step: DecodeStep) -> None:
         self._filled.synchronize()  # the last step's copy has left the staging memory
@@ -223,7 +223,7 @@ def batch_sizes(largest: int) -> list[int]:
     return [n for n in sizes if n <= largest]
 
 
-def _rank_class(max_rank: int) -> int:
+def rank_class(max_rank: int) -> int:
     """The smallest class that holds a rank."""
     if not max_rank:
         return _NO_LORA

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from lorafleet.cache.device_tier import ALIGNMENT, DeviceTier
 from lorafleet.cache.store import AdapterStore
+from lorafleet.kernels.build import KernelBuildError, NvccMissing, library
 from lorafleet.proto.messages import ShardInfo
 from lorafleet.shard.checkpoint import Checkpoint, locate
 from lorafleet.shard.config import PAGE_SIZE, ShardConfig
@@ -48,6 +49,7 @@ def load_shard(
     model_config = AutoConfig.from_pretrained(directory)
     dtype = _dtype(config.dtype, model_config)
     max_len = _max_len(config.max_total_tokens, model_config)
+    _check_kernels(dtype, device)
     decoder = Decoder(model_config, group, dtype, device)
     if config.load_format == "dummy":
         decoder.randomize(seed=0)
@@ -77,6 +79,15 @@ def pick_device(name: str, rank: int) -> torch.device:
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def _check_kernels(dtype: torch.dtype, device: torch.device) -> None:
+    """Builds or finds the CUDA kernels before anything is loaded. Raises UnsupportedModel."""
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        try:
+            library()
+        except (KernelBuildError, NvccMissing) as error:
+            raise UnsupportedModel(f"CUDA in {dtype} needs the kernels: {error}") from error
 
 
 def _fast_path(config: ShardConfig, decoder: Decoder, rows: RowTable, pool: KvPool) -> FastPath:

@@ -1,6 +1,7 @@
 """`python -m tests.bench.gpu --out DIR [PART ...]`: tests and benchmarks of one CUDA device.
 
-Parts: tests; linears, lora (kernels); decode, prefill (the engine's steps). `make gpu` installs the
+Parts: tests; linears, lora (kernels); decode, prefill (the engine's steps);
+transfers, capacity (adapters on the move, and many). `make gpu` installs the
 checkout beside and calls this. Each benchmark writes DIR/PART-SHAPE.json.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from lorafleet.kernels import timing
-from tests.bench.gpu import kernels, step
+from tests.bench.gpu import kernels, step, tiers
 from tests.bench.gpu.shapes import SHAPES
 
 _TESTS = ("tests/kernels/test_cuda_ops.py", "tests/shard/test_cuda_step.py")
@@ -44,6 +45,8 @@ PARTS: dict[str, Callable[[str], list[dict[str, object]]]] = {
     "lora": lambda shape: kernels.lora(),
     "decode": step.decode,
     "prefill": step.prefill,
+    "transfers": tiers.transfers,
+    "capacity": tiers.capacity,
 }
 
 

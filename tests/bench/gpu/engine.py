@@ -114,7 +114,7 @@ class Engine:
         torch.cuda.synchronize()
         started = time.perf_counter()
         for each in plans:
-            self._finish(self._launch(each))
+            self._finish(self.launch(each))
         torch.cuda.synchronize()
         return time.perf_counter() - started
 
@@ -158,7 +158,7 @@ class Engine:
         launched: deque[Launched] = deque()
         times: list[float] = []
         for position in range(context, context + steps):
-            launched.append(self._launch(self.decode_plan(slots, position)))
+            launched.append(self.launch(self.decode_plan(slots, position)))
             if len(launched) > 1:
                 self._finish(launched.popleft())
                 times.append(time.perf_counter())
@@ -171,7 +171,8 @@ class Engine:
         rank = max(map(self.tier.rank, slots))
         return timing.elapsed_ms(lambda: self.graphs.replay(len(slots), rank), repeats)
 
-    def _launch(self, plan: StepPlan) -> Launched:
+    def launch(self, plan: StepPlan) -> Launched:
+        """Queues a plan as the next step."""
         self._step += 1
         plan.step = self._step
         return self.worker.launch(StepStream(), plan)
