@@ -61,14 +61,7 @@ class PagedBatch(Protocol):
     def locations(self) -> torch.Tensor:
         """[num_tokens] int64, where each token's key and value go in the pool."""
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, kind: AttentionKind) -> torch.Tensor:
         """Causal attention of [num_tokens, heads, head_dim] over stored keys and values."""
 
 
@@ -89,18 +82,12 @@ class AttentionBatch:
     decode_lengths: torch.Tensor
     masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, kind: AttentionKind) -> torch.Tensor:
         """Causal attention of [num_tokens, heads, head_dim] queries over their rows' pages.
 
-        Token i of a row sees keys j with i - window < j <= i.
+        Token i of a row sees keys j with i - kind.window < j <= i.
         """
+        scaling, window, softcap = kind
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         for index, span in enumerate(self.spans):
             keys, values = self.pool.read(layer, span.pages)
@@ -155,7 +142,8 @@ def paged_attention(
     layer = module.layer_idx
     paged.pool.write(layer, paged.locations, key[0].transpose(0, 1), value[0].transpose(0, 1))
     rows = query[0].transpose(0, 1)
-    return paged.attend(layer, rows, scaling, sliding_window, softcap).unsqueeze(0), None
+    kind = AttentionKind(scaling, sliding_window, softcap)
+    return paged.attend(layer, rows, kind).unsqueeze(0), None
 
 
 def _attend_span(

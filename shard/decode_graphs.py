@@ -18,6 +18,7 @@ import torch
 from lorafleet.kernels.decode_attention.op import decode_attention, supports
 from lorafleet.kernels.greedy.op import greedy as greedy_kernel
 from lorafleet.kernels.lora.op import LoraBatch
+from lorafleet.shard.attention import AttentionKind
 from lorafleet.shard.config import PAGE_SIZE
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.model import Decoder
@@ -89,18 +90,11 @@ class CapturedBatch:
     page_table: torch.Tensor
     arrived: torch.Tensor
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, kind: AttentionKind) -> torch.Tensor:
         """Attention [num_rows, heads, head_dim] of one token a row."""
         return decode_attention(
             query.contiguous(), self.pool.keys[layer], self.pool.values[layer], self.page_table,
-            self.rows, self.positions, self.arrived, scaling, window, softcap,
+            self.rows, self.positions, self.arrived, *kind,
         )  # fmt: skip
 
 
@@ -183,7 +177,8 @@ class DecodeGraphs:
         self._compute(size, rank)  # what is made on first use is made outside the capture
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may page-lock memory for adapters meanwhile: their calls are not ours.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits, draw = self._compute(size, rank)
         return _Captured(graph, logits, draw)
 

@@ -118,15 +118,8 @@ class FlashBatch:
         self.pool, self.locations = pool, locations
         self._wrappers = [wrappers[kind] for kind in kinds]
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        """Causal attention [num_tokens, heads, head_dim]; scaling and the rest were planned."""
+    def attend(self, layer: int, query: torch.Tensor, kind: AttentionKind) -> torch.Tensor:
+        """Causal attention [num_tokens, heads, head_dim]; `kind` was planned."""
         paged = (self.pool.keys[layer], self.pool.values[layer])
         return self._wrappers[layer].run(query, paged)  # type: ignore[no-any-return]
 

@@ -94,7 +94,7 @@ class FusedLayers:
         query = rotary_and_store_(
             qkv, cos, sin, keys, values, paged.locations, layer.q_norm, layer.k_norm, self._eps
         )
-        return paged.attend(layer.index, query, *layer.kind).flatten(1)
+        return paged.attend(layer.index, query, layer.kind).flatten(1)
 
 
 def _layer(module: Any, index: int) -> _Layer:
