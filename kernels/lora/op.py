@@ -20,9 +20,9 @@ the product, `lora_add_`. Elsewhere, and for long segments, `lora_begin` does no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
@@ -30,15 +30,24 @@ from lorafleet.kernels.linear import cuda as skinny
 from lorafleet.kernels.linear.op import linear
 from lorafleet.kernels.lora import cuda
 from lorafleet.kernels.lora.cuda import Shrunk
-from lorafleet.kernels.lora.weights import Joined, SiteWeights
+from lorafleet.kernels.lora.weights import SiteWeights, Stack
 
 Segment = tuple[int, int, int]  # slot, start, stop
 
-# Beyond this many tokens a segment at a time costs less than every slot's columns for every token.
-_MAX_JOINED_TOKENS = 64
+_MAX_GRID_ROWS = 16  # longer segments keep the CPU busy by themselves
+_MAX_PADDING = 2  # rows with padding over rows without, in a grid
 # What the decode form of the kernels is made for; longer segments go to tensor cores.
 _MAX_DECODE_TOKENS = 256
 _MAX_DECODE_SEGMENT = 16
+
+
+class PaddedRows(NamedTuple):
+    """The tokens of some segments as a [num_segments, longest] grid."""
+
+    tokens: slice | torch.Tensor  # cell by cell; a slice where they are one run without padding
+    kept: torch.Tensor  # int64, the cells that are not padding
+    owners: torch.Tensor  # int64, the token of each kept cell
+    slots: tuple[int, ...]  # of each segment
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,6 @@ class LoraBatch:
     segments: tuple[Segment, ...]
     max_rank: int = 0
     is_captured: bool = False  # row_slots is read when the graph is replayed; no segments are known
-    _masks: dict[tuple[tuple[int, int], ...], torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def none(cls, device: torch.device) -> Self:
@@ -85,9 +93,10 @@ class LoraBatch:
 
     @cached_property
     def tail(self) -> int:
-        """The token from which on segments are few tokens enough to be joined in one product."""
-        fitting = [start for _, start, _ in self.segments if start >= self._earliest]
-        return fitting[0] if fitting else len(self.row_slots)
+        """The token from which on segments are short enough to be computed side by side."""
+        starts = [start for _, start, stop in self.segments if stop - start > _MAX_GRID_ROWS]
+        following = [start for _, start, _ in self.segments if start > max(starts, default=-1)]
+        return following[0] if following else len(self.row_slots)
 
     @cached_property
     def head(self) -> tuple[Segment, ...]:
@@ -95,24 +104,9 @@ class LoraBatch:
         return tuple(segment for segment in self.segments if segment[1] < self.tail)
 
     @cached_property
-    def tail_slots(self) -> frozenset[int]:
-        """The slots in use from `tail` on."""
-        return frozenset(slot for slot, start, _ in self.segments if start >= self.tail)
-
-    @property
-    def _earliest(self) -> int:
-        return len(self.row_slots) - _MAX_JOINED_TOKENS
-
-    def foreign(self, columns: tuple[tuple[int, int], ...]) -> torch.Tensor:
-        """Bool [tokens from `tail` on, sum of ranks]: where a column is not of the token's slot.
-
-        `columns` as in Joined; the mask is made once for all sites that have the same.
-        """
-        if columns not in self._masks:
-            self._masks[columns] = self.row_slots[self.tail :, None] != _owners(
-                columns, self.row_slots.device
-            )
-        return self._masks[columns]
+    def grid(self) -> PaddedRows | None:
+        """The segments from `tail` on side by side; None where padding prevails or there is one."""
+        return _padded(self.segments[len(self.head) :], self.row_slots.device)
 
 
 def lora_linear(
@@ -165,34 +159,21 @@ def lora_add_(
 
 
 def _add_in_torch_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:
-    joined = site.joined(batch.tail_slots) if batch.tail_slots else None
-    if joined is None:
+    stack = site.stack(batch.grid.slots) if batch.grid is not None else None
+    if batch.grid is None or stack is None:
         _add_by_segment_(y, x, site, batch.segments)
         return
-    if batch.tail:
-        _add_by_segment_(y, x, site, batch.head)
-        y, x = y[batch.tail :], x[batch.tail :]
-    if joined.columns:
-        _add_joined_(y, x, joined, batch)
+    _add_by_segment_(y, x, site, batch.head)
+    _add_stacked_(y, x, stack, batch.grid)
 
 
-@lru_cache(maxsize=64)
-def _owners(columns: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
-    """The slot of each column, int32."""
-    owners = [slot for slot, rank in columns for _ in range(rank)]
-    return torch.tensor(owners, dtype=torch.int32, device=device)
-
-
-@lru_cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def _add_joined_(y: torch.Tensor, x: torch.Tensor, joined: Joined, batch: LoraBatch) -> None:
-    h = linear(x, joined.a)
-    # Filled, not multiplied: another adapter's overflow must not reach this row.
-    h.masked_fill_(batch.foreign(joined.columns), 0)
-    y.add_(linear(h, joined.b))
+def _add_stacked_(y: torch.Tensor, x: torch.Tensor, stack: Stack, grid: PaddedRows) -> None:
+    h = torch.bmm(x[grid.tokens].unflatten(0, (len(grid.slots), -1)), stack.a.transpose(1, 2))
+    added = torch.bmm(h, stack.b).flatten(0, 1)
+    if isinstance(grid.tokens, slice):
+        y[grid.tokens].add_(added)
+    else:
+        y.index_add_(0, grid.owners, added[grid.kept])
 
 
 def _add_by_segment_(
@@ -200,5 +181,33 @@ def _add_by_segment_(
 ) -> None:
     for slot, start, stop in segments:
         alone = site.alone(slot)
-        if alone.columns:
+        if alone.a is not None and alone.b is not None:
             y[start:stop].add_(linear(linear(x[start:stop], alone.a), alone.b))
+
+
+def _padded(segments: Sequence[Segment], device: torch.device) -> PaddedRows | None:
+    """Each segment padded with its first token to the longest one's length."""
+    longest = max((stop - start for _, start, stop in segments), default=0)
+    rows = sum(stop - start for _, start, stop in segments)
+    if len(segments) < 2 or len(segments) * longest > _MAX_PADDING * rows:
+        return None
+    cells: list[int] = []
+    kept: list[int] = []
+    owners: list[int] = []
+    for _, start, stop in segments:
+        kept += range(len(cells), len(cells) + stop - start)
+        owners += range(start, stop)
+        cells += [*range(start, stop), *[start] * (longest - (stop - start))]
+    run = slice(cells[0], cells[-1] + 1)
+    is_run = cells == list(range(run.start, run.stop))
+    return PaddedRows(
+        run if is_run else torch.tensor(cells, device=device),
+        torch.tensor(kept, device=device),
+        torch.tensor(owners, device=device),
+        tuple(slot for slot, _, _ in segments),
+    )
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

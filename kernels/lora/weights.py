@@ -9,22 +9,25 @@ import torch
 
 from lorafleet.kernels.linear.op import prepack
 
-_MAX_UNUSED = 4  # slots in a joined copy over slots in use
+_MAX_PADDING = 2  # ranks with padding over ranks without, in a stack
 _MAX_ALONE = 64  # slots with a copy of their own
 
 
-class Joined(NamedTuple):
-    """Some slots' weights side by side, so that one product serves all their rows.
+class Alone(NamedTuple):
+    """One slot's weights in a copy: y += (x @ a^T) @ b^T. None where it has none at this site."""
 
-    y += h @ b^T with h = x @ a^T, set to zero in the columns that are not of the row's slot.
-    `columns`: (slot, sum of ranks) of each run of h's columns.
-    """
+    a: torch.Tensor | None  # prepacked [sum of ranks, in_local]
+    b: torch.Tensor | None  # prepacked [sum(out_splits), sum of ranks], zero outside a target
+    row: Sequence[int]  # of the table when it was built; a new object makes it stale
 
-    a: torch.Tensor  # prepacked [sum of ranks, in_local]
-    b: torch.Tensor  # prepacked [sum(out_splits), sum of ranks], zero outside a column's target
-    columns: tuple[tuple[int, int], ...]
-    slots: frozenset[int]
-    rows: tuple[tuple[int, Sequence[int]], ...]  # of the table, by slot; a new object: stale
+
+class Stack(NamedTuple):
+    """Several slots' weights in a copy, each padded with zeros to the largest sum of ranks."""
+
+    a: torch.Tensor  # [num_slots, ranks, in_local]
+    b: torch.Tensor  # [num_slots, ranks, sum(out_splits)], zero outside a rank's target
+    slots: tuple[int, ...]
+    rows: tuple[Sequence[int], ...]
 
 
 class SiteWeights:
@@ -58,72 +61,59 @@ class SiteWeights:
             and arena.dtype in (torch.float16, torch.bfloat16)
             and all(width % 8 == 0 for width in (in_features, *self.out_splits))
         )
-        self._asked: frozenset[int] = frozenset()
-        self._joined: Joined | None = None
-        self._alone: dict[int, Joined] = {}
+        self._asked: tuple[int, ...] = ()
+        self._stack: Stack | None = None
+        self._alone: dict[int, Alone] = {}
 
-    def alone(self, slot: int) -> Joined:
+    def alone(self, slot: int) -> Alone:
         """One slot's weights, in a copy that is kept while few slots are asked for."""
         known = self._alone.get(slot)
-        if known is not None and _is_current(known, self.rows):
+        if known is not None and known.row is self.rows[slot]:
             return known
         if len(self._alone) >= _MAX_ALONE:
             self._alone.clear()
-        self._alone[slot] = self._join(frozenset({slot}))
-        return self._alone[slot]
+        row = self.rows[slot]
+        self._alone[slot] = alone = Alone(None, None, row)
+        if row[1]:
+            b = self.arena.new_zeros(row[1], sum(self.out_splits))
+            self._fill_b(b, row)
+            a = self._block(row[0], row[1], self.in_features)
+            self._alone[slot] = alone = Alone(prepack(a), prepack(b.t()), row)
+        return alone
 
-    def joined(self, slots: frozenset[int]) -> Joined | None:
-        """The weights of `slots` (without 0), and perhaps some more, side by side, in a copy.
+    def stack(self, slots: tuple[int, ...]) -> Stack | None:
+        """A copy of the slots' weights side by side.
 
-        None when the last copy does not serve and these slots are asked for the first time in a
-        row, so that they may not last. Only the last copy is kept.
+        None where that is not worth it: their ranks differ too much, or these slots are asked for
+        the first time in a row, so that they may not last. Only the last slots' copy is kept.
         """
-        if self._joined is not None and _serves(self._joined, slots, self.rows):
-            return self._joined
+        if self._stack is not None and self._stack.slots == slots and self._is_current(self._stack):
+            return self._stack
         is_new, self._asked = slots != self._asked, slots
-        if is_new:
+        ranks = [self.rows[slot][1] for slot in slots]
+        if is_new or len(ranks) * max(ranks) > _MAX_PADDING * sum(ranks) or not max(ranks):
             return None
-        self._joined = self._join(slots)
-        return self._joined
+        a = self.arena.new_zeros(len(slots), max(ranks), self.in_features)
+        b = self.arena.new_zeros(len(slots), max(ranks), sum(self.out_splits))
+        for index, slot in enumerate(slots):
+            row = self.rows[slot]
+            a[index, : row[1]] = self._block(row[0], row[1], self.in_features)
+            self._fill_b(b[index], row)
+        self._stack = Stack(a, b, slots, tuple(self.rows[slot] for slot in slots))
+        return self._stack
 
-    def _join(self, slots: frozenset[int]) -> Joined:
-        present = [slot for slot in sorted(slots) if self.rows[slot][1]]
-        columns = tuple((slot, self.rows[slot][1]) for slot in present)
-        rows = tuple((slot, self.rows[slot]) for slot in slots)
-        if not present:
-            return Joined(self.arena[:0], self.arena[:0], (), slots, rows)
-        b = self.arena.new_zeros(sum(self.out_splits), sum(rank for _, rank in columns))
-        start = 0
-        for slot in present:
-            start = self._fill_b(b, self.rows[slot], start)
-        a = [
-            self._block(self.rows[slot][0], self.rows[slot][1], self.in_features)
-            for slot in present
-        ]
-        return Joined(prepack(torch.cat(a)), prepack(b), columns, slots, rows)
+    def _is_current(self, stack: Stack) -> bool:
+        pairs = zip(stack.slots, stack.rows, strict=True)
+        return all(self.rows[slot] is row for slot, row in pairs)
 
-    def _fill_b(self, b: torch.Tensor, row: Sequence[int], start: int) -> int:
-        """One slot's B, from column `start` on; returns the column behind it."""
-        y_start = 0
+    def _fill_b(self, b: torch.Tensor, row: Sequence[int]) -> None:
+        """One slot's B, each rank's outputs in its target's columns of b [ranks, outs]."""
+        h_start, y_start = 0, 0
         for width, rank, offset in zip(self.out_splits, row[2::2], row[3::2], strict=False):
             if rank:
-                block = self._block(offset, rank, width)
-                b[y_start : y_start + width, start : start + rank] = block.t()
-            start, y_start = start + rank, y_start + width
-        return start
+                place = b[h_start : h_start + rank, y_start : y_start + width]
+                place.copy_(self._block(offset, rank, width))
+            h_start, y_start = h_start + rank, y_start + width
 
     def _block(self, offset: int, rows: int, columns: int) -> torch.Tensor:
         return self.arena[offset : offset + rows * columns].view(rows, columns)
-
-
-def _serves(joined: Joined, slots: frozenset[int], rows: Sequence[Sequence[int]]) -> bool:
-    """Whether a copy is current and has these slots and not many others."""
-    return (
-        slots <= joined.slots
-        and len(joined.slots) <= _MAX_UNUSED * len(slots)
-        and _is_current(joined, rows)
-    )
-
-
-def _is_current(joined: Joined, rows: Sequence[Sequence[int]]) -> bool:
-    return all(rows[slot] is row for slot, row in joined.rows)

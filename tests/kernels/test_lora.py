@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafleet.kernels.lora import op
+from lorafleet.kernels.lora import op, weights
 from lorafleet.kernels.lora.op import LoraBatch, lora_add_
 from lorafleet.kernels.lora.reference import lora_reference
-from lorafleet.kernels.lora.weights import Joined, SiteWeights
+from lorafleet.kernels.lora.weights import SiteWeights
 
 IN, OUTS = 24, (16, 8, 8)
 EMPTY = (0,) * 8
@@ -71,10 +71,12 @@ def run(arena: Arena, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor,
 
 def choose(form: str, patch: pytest.MonkeyPatch) -> None:
     """Makes the op take one of its forms wherever it can, whatever that costs."""
-    patch.setattr(op, "_MAX_JOINED_TOKENS", 0 if form == "by segment" else 1 << 30)
+    patch.setattr(op, "_MAX_GRID_ROWS", 0 if form == "by segment" else 1 << 30)
+    patch.setattr(op, "_MAX_PADDING", 1 << 30)
+    patch.setattr(weights, "_MAX_PADDING", 1 << 30)
 
 
-@pytest.fixture(params=["by segment", "joined"])
+@pytest.fixture(params=["by segment", "stacked"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both forms of the op."""
     choose(request.param, monkeypatch)
@@ -147,7 +149,7 @@ def test_both_forms_agree_through_moves_and_batches(data: st.DataObject) -> None
             arena.put(slot, data.draw(st.tuples(ranks, ranks, ranks)))
         slots = sorted(data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=12)))
         results = []
-        for name in ("by segment", "joined"):
+        for name in ("by segment", "stacked"):
             torch.manual_seed(1)
             with pytest.MonkeyPatch.context() as patch:
                 choose(name, patch)
@@ -165,24 +167,25 @@ def test_copies_of_single_slots_are_bounded() -> None:
     assert len(arena.site._alone) <= 64
 
 
-def test_weights_are_joined_for_slots_that_last() -> None:
-    arena = Arena(7)
-    for slot in range(1, 8):
+def test_a_stack_is_made_for_slots_that_last() -> None:
+    arena = Arena(3)
+    for slot in (1, 2, 3):
         arena.put(slot, (4, 4, 4))
-
-    def ask(*slots: int) -> Joined | None:
-        return arena.site.joined(frozenset(slots))
-
-    assert ask(1, 2, 3, 4, 5) is None
-    first = ask(1, 2, 3, 4, 5)
+    assert arena.site.stack((1, 2)) is None
+    first = arena.site.stack((1, 2))
     assert first is not None
-    assert ask(1, 2, 3, 4, 5) is first
-    assert ask(1, 3) is first
-    arena.put(6, (8, 8, 8))
-    assert ask(1, 2, 3) is first
-    assert ask(1) is None  # five slots' columns for one
-    assert ask(1, 6) is None
-    assert ask(1, 2) is first
+    assert arena.site.stack((1, 2)) is first
+    arena.put(3, (8, 8, 8))
+    assert arena.site.stack((1, 2)) is first
     arena.put(2, (4, 4, 4))
-    assert ask(1, 2) is None
-    assert ask(1, 2) is not first
+    assert arena.site.stack((1, 2)) is not first
+    assert arena.site.stack((1, 3)) is None
+
+
+def test_ranks_that_differ_too_much_are_not_stacked() -> None:
+    arena = Arena(3)
+    for slot, rank in enumerate((1, 1, 64), 1):
+        arena.put(slot, (rank, 0, 0))
+    for slots, is_stacked in {(1, 2): True, (1, 2, 3): False}.items():
+        arena.site.stack(slots)
+        assert (arena.site.stack(slots) is not None) == is_stacked
