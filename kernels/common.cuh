@@ -45,6 +45,48 @@ __device__ float rounded(float x) {
   return Pair<T>::widen(Pair<T>::round(x));
 }
 
+__device__ inline uint4 load16(const void* address) {
+  return *reinterpret_cast<const uint4*>(address);
+}
+
+constexpr int kWide = 8;  // elements in 16 bytes
+
+template <typename T>
+struct Vec {
+  float x[kWide];
+  __device__ static Vec load(const T* p) { return unpack(load16(p)); }
+  __device__ static Vec unpack(const uint4& raw) {
+    const uint32_t bits[4] = {raw.x, raw.y, raw.z, raw.w};
+    Vec v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float2 pair = Pair<T>::unpack(bits[i]);
+      v.x[2 * i] = pair.x;
+      v.x[2 * i + 1] = pair.y;
+    }
+    return v;
+  }
+  __device__ void store(T* p) const {
+    uint4 raw;
+    raw.x = Pair<T>::pack(x[0], x[1]);
+    raw.y = Pair<T>::pack(x[2], x[3]);
+    raw.z = Pair<T>::pack(x[4], x[5]);
+    raw.w = Pair<T>::pack(x[6], x[7]);
+    *reinterpret_cast<uint4*>(p) = raw;
+  }
+  // The sum, not rounded until it is stored.
+  __device__ Vec plus(const float (&added)[kWide]) const {
+    Vec sum;
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) sum.x[i] = x[i] + added[i];
+    return sum;
+  }
+  __device__ void round() {
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) x[i] = rounded<T>(x[i]);
+  }
+};
+
 // Adapter weights are read once per step: they must not push anything else out of L1.
 __device__ inline uint4 load_stream(const void* address) {
   uint4 value;
@@ -52,10 +94,6 @@ __device__ inline uint4 load_stream(const void* address) {
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(address));
   return value;
-}
-
-__device__ inline uint4 load16(const void* address) {
-  return *reinterpret_cast<const uint4*>(address);
 }
 
 // D[16 x 8] += A[16 x 16] * B[16 x 8], float32 accumulators. Fragments as PTX lays them out for

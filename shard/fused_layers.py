@@ -74,11 +74,12 @@ class FusedLayers:
         residual, eps = embedded, self._eps
         x = rms_norm(residual, self._layers[0].input_norm, eps)
         for layer, following in zip(self._layers, [*self._layers[1:], None], strict=True):
-            attended = self._attend(layer, x, cos, sin, paged)
-            x = add_rms_norm_(layer.o.project(attended), residual, layer.post_norm, eps)
-            x = layer.down.project(silu_mul(layer.gate_up.project(x)))
+            o, pending = layer.o.product(self._attend(layer, x, cos, sin, paged))
+            x = add_rms_norm_(o, residual, layer.post_norm, eps, pending)
+            gate_up, pending = layer.gate_up.product(x)
+            down, pending = layer.down.product(silu_mul(gate_up, pending))
             norm = self._final_norm if following is None else following.input_norm
-            x = add_rms_norm_(x, residual, norm, eps)
+            x = add_rms_norm_(down, residual, norm, eps, pending)
         return x
 
     def _attend(
@@ -89,11 +90,12 @@ class FusedLayers:
         sin: torch.Tensor,
         paged: PagedBatch,
     ) -> torch.Tensor:
-        qkv = layer.qkv.project(x)
+        qkv, pending = layer.qkv.product(x)
         keys, values = paged.pool.keys[layer.index], paged.pool.values[layer.index]
         query = rotary_and_store_(
-            qkv, cos, sin, keys, values, paged.locations, layer.q_norm, layer.k_norm, self._eps
-        )
+            qkv, cos, sin, keys, values, paged.locations, layer.q_norm, layer.k_norm, self._eps,
+            pending,
+        )  # fmt: skip
         return paged.attend(layer.index, query, layer.kind).flatten(1)
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from lorafleet.cache.layout import LoraSite
 from lorafleet.kernels.linear.op import linear, prepack
-from lorafleet.kernels.lora.op import LoraBatch, lora_linear
+from lorafleet.kernels.lora.op import LoraBatch, Pending, lora_product
 from lorafleet.kernels.lora.weights import SiteWeights
 from lorafleet.shard.group import Group
 
@@ -53,19 +53,28 @@ class Site(nn.Module):
         """Gives the site its adapters' weights and the step's rows."""
         self._lora, self._adapters = state, adapters
 
+    def product(self, rows: torch.Tensor) -> tuple[torch.Tensor, Pending | None]:
+        """`project`, but for what the operation that reads it next has still to add."""
+        raise NotImplementedError
+
     def project(self, rows: torch.Tensor) -> torch.Tensor:
         """[num_tokens, in_local] -> [num_tokens, out], adapters included."""
-        raise NotImplementedError
+        y, pending = self.product(rows)
+        if pending is not None:
+            pending.add_(y)
+        return y
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`project` as transformers calls it: [1, num_tokens, in] -> [1, num_tokens, out]."""
         return self.project(x[0]).unsqueeze(0)
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x @ W^T + bias, with each row's adapter: [num_tokens, out_local]."""
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Pending | None]:
+        """x @ W^T + bias, [num_tokens, out_local], and what its rows' adapters have yet to add."""
         if self._lora is None or self._adapters is None:
-            return linear(x, self.weight, bias)
-        return lora_linear(x, self.weight, bias, self._adapters, self._lora.batch)
+            return linear(x, self.weight, bias), None
+        return lora_product(x, self.weight, bias, self._adapters, self._lora.batch)
 
 
 class ColumnSite(Site):
@@ -77,7 +86,7 @@ class ColumnSite(Site):
         super().__init__(layout, has_bias, dtype, device)
         self._parts: tuple[torch.Tensor, ...] = ()
 
-    def project(self, rows: torch.Tensor) -> torch.Tensor:
+    def product(self, rows: torch.Tensor) -> tuple[torch.Tensor, Pending | None]:
         """[num_tokens, in] -> [num_tokens, out_local]."""
         return self.multiply(rows, self.bias)
 
@@ -122,13 +131,17 @@ class RowSite(Site):
         super().__init__(layout, has_bias, dtype, device)
         self._group = group
 
-    def project(self, rows: torch.Tensor) -> torch.Tensor:
+    def product(self, rows: torch.Tensor) -> tuple[torch.Tensor, Pending | None]:
         """[num_tokens, in_local] -> [num_tokens, out], summed over the ranks."""
-        y = self.multiply(rows, None)
+        if self._group.size == 1:
+            return self.multiply(rows, self.bias)
+        y, pending = self.multiply(rows, None)
+        if pending is not None:
+            pending.add_(y)  # each rank has its own part of it
         self._group.all_reduce_(y)
         if self.bias is not None:
             y += self.bias  # once, after the sum
-        return y
+        return y, None
 
 
 class VocabEmbedding(nn.Module):

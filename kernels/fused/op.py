@@ -11,11 +11,12 @@ Arguments:
     x, residual  [num_tokens, hidden], serving dtype; residual is written in place.
     weight       [hidden], serving dtype.
     gate_up      [num_tokens, 2 * intermediate]: gate, then up.
-    qkv          [num_tokens, (heads + 2 * kv_heads) * head_dim]: all q, all k, all v; it may be
-                 overwritten.
+    qkv          [num_tokens, (heads + 2 * kv_heads) * head_dim]: all q, all k, all v.
     cos, sin     [num_tokens, rotary_dim]; dimensions from rotary_dim on are left as they are.
     keys, values [num_pages, page_size, kv_heads, head_dim], written at `locations`.
     locations    int64 [num_tokens]: page * page_size + offset.
+    pending      what the product in x, gate_up or qkv still lacks; the op adds it first. A product
+                 given with it may be overwritten.
 """
 
 from __future__ import annotations
@@ -23,29 +24,39 @@ from __future__ import annotations
 import torch
 
 from lorafleet.kernels.fused import cuda, reference
+from lorafleet.kernels.lora.op import Pending
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See the module's docstring; [num_tokens, hidden]."""
-    return (
-        cuda.rms_norm(None, x, weight, eps)
-        if cuda.supports(x)
-        else reference.rms_norm(x, weight, eps)
-    )
+    if cuda.norms(x):
+        return cuda.rms_norm(None, x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
 
 
 def add_rms_norm_(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    pending: Pending | None = None,
 ) -> torch.Tensor:
     """See the module's docstring; [num_tokens, hidden]."""
-    if cuda.supports(residual):
-        return cuda.rms_norm(x, residual, weight, eps)
+    if pending is not None and not cuda.norms_pending(x, pending):
+        pending.add_(x)
+        pending = None
+    if cuda.norms(residual):
+        return cuda.rms_norm(x, residual, weight, eps, pending)
     return reference.add_rms_norm_(x, residual, weight, eps)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+def silu_mul(gate_up: torch.Tensor, pending: Pending | None = None) -> torch.Tensor:
     """See the module's docstring; [num_tokens, intermediate]."""
-    return cuda.silu_mul(gate_up) if cuda.supports(gate_up) else reference.silu_mul(gate_up)
+    if cuda.multiplies(gate_up):
+        return cuda.silu_mul(gate_up, pending)
+    if pending is not None:
+        pending.add_(gate_up)
+    return reference.silu_mul(gate_up)
 
 
 def rotary_and_store_(
@@ -58,7 +69,13 @@ def rotary_and_store_(
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
     eps: float,
+    pending: Pending | None = None,
 ) -> torch.Tensor:
     """See the module's docstring; the queries [num_tokens, heads, head_dim]."""
-    rotate = cuda.rotary_and_store_ if cuda.supports(keys) else reference.rotary_and_store_
-    return rotate(qkv, cos, sin, keys, values, locations, q_norm, k_norm, eps)
+    if cuda.rotates(keys, cos):
+        return cuda.rotary_and_store_(
+            qkv, cos, sin, keys, values, locations, q_norm, k_norm, eps, pending
+        )
+    if pending is not None:
+        pending.add_(qkv)
+    return reference.rotary_and_store_(qkv, cos, sin, keys, values, locations, q_norm, k_norm, eps)

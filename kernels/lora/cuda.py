@@ -14,7 +14,7 @@ Arguments:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import Structure, c_int, c_int64, c_void_p
 from functools import cache
 from typing import NamedTuple
 
@@ -78,6 +78,35 @@ def expand_(y: torch.Tensor, shrunk: Shrunk, site: SiteWeights, row_slots: torch
         _is_half(y), y.data_ptr(), shrunk.partial.data_ptr(), site.arena.data_ptr(),
         site.table.data_ptr(), site.table.stride(0), *_outs(site), row_slots.data_ptr(),
         num_tokens, capacity, shrunk.max_rank, splits, _stream(),
+    )  # fmt: skip
+
+
+class PendingArguments(Structure):
+    """`Pending` of expand.cuh."""
+
+    _fields_ = (
+        ("partial", c_void_p),
+        ("arena", c_void_p),
+        ("table", c_void_p),
+        ("stride", c_int64),
+        ("in_features", c_int),
+        ("outs", c_int * 3),
+        ("row_slots", c_void_p),
+        ("num_tokens", c_int),
+        ("capacity", c_int),
+        ("splits", c_int),
+    )
+
+
+def pending_arguments(
+    shrunk: Shrunk, site: SiteWeights, row_slots: torch.Tensor
+) -> PendingArguments:
+    """What `expand_` would add, for a kernel that adds it while it reads the product."""
+    splits, num_tokens, capacity = shrunk.partial.shape
+    return PendingArguments(
+        shrunk.partial.data_ptr(), site.arena.data_ptr(), site.table.data_ptr(),
+        site.table.stride(0), site.in_features, _outs(site), row_slots.data_ptr(), num_tokens,
+        capacity, splits,
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 // LoRA for mixed batches: contracts in cuda.py. Shrink writes float32 partial sums of x @ A^T,
 // expand sums them, rounds to the serving dtype, multiplies by B and adds to y.
-#include "shrink.cuh"
+#include "expand.cuh"
 
 namespace lorafleet {
 namespace {
@@ -148,57 +148,23 @@ constexpr int kAloneWarps = 2;
 
 template <typename T>
 __global__ void __launch_bounds__(32 * kAloneWarps, 8)
-    expand_alone_kernel(T* y, const float* partial, Site site, const int* row_slots, int num_tokens,
-                        int capacity, int splits, int y_width) {
-  constexpr int kRanks = 16;
-  const int token = blockIdx.y, lane = threadIdx.x % 32;
-  const int slot = row_slots[token];
+    expand_alone_kernel(T* y, Pending pending, int y_width) {
+  const int token = blockIdx.y;
+  const int slot = pending.row_slots[token];
   if (slot == 0) return;
-  const SiteRow& row = row_of(site, slot);
+  const SiteRow& row = row_of(pending.site, slot);
   Tile tile;
   const int index = blockIdx.x * kAloneWarps + threadIdx.x / 32;
-  if (row.rank_total == 0 || !find_tile(site, row, index, kOutTile, tile)) return;
-  const int out = tile.start + lane * 8;
+  if (row.rank_total == 0 || !find_tile(pending.site, row, index, kOutTile, tile)) return;
+  const int out = tile.start + threadIdx.x % 32 * 8;
   const bool inside = out < tile.width;
-  const T* b = static_cast<const T*>(site.arena) + tile.b_offset + out;
   T* target = y + static_cast<int64_t>(token) * y_width + tile.y_start + out;
-  const float* h_token = partial + static_cast<int64_t>(token) * capacity + tile.h_start;
-  const uint4 before = inside ? load16(target) : make_uint4(0, 0, 0, 0);
-  float acc[8] = {};
-  for (int r0 = 0; r0 < tile.rank; r0 += kRanks) {
-    uint4 rows[kRanks];
-#pragma unroll
-    for (int i = 0; i < kRanks; ++i)
-      rows[i] = load_or_zero(b + static_cast<int64_t>(r0 + i) * tile.width,
-                             inside && r0 + i < tile.rank);
-    float h = 0.f;  // of rank r0 + lane
-    if (lane < kRanks && r0 + lane < tile.rank) {
-#pragma unroll 4
-      for (int s = 0; s < splits; ++s)
-        h += h_token[static_cast<int64_t>(s) * num_tokens * capacity + r0 + lane];
-    }
-    h = rounded<T>(h);
-#pragma unroll
-    for (int r = 0; r < kRanks; ++r) {
-      const float scale = __shfl_sync(kFullWarp, h, r);
-      const uint32_t bits[4] = {rows[r].x, rows[r].y, rows[r].z, rows[r].w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = Pair<T>::unpack(bits[i]);
-        acc[2 * i] += scale * pair.x;
-        acc[2 * i + 1] += scale * pair.y;
-      }
-    }
-  }
-  if (!inside) return;
-  const uint32_t bits[4] = {before.x, before.y, before.z, before.w};
-  uint32_t result[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 old = Pair<T>::unpack(bits[i]);
-    result[i] = Pair<T>::pack(old.x + acc[2 * i], old.y + acc[2 * i + 1]);
-  }
-  *reinterpret_cast<uint4*>(target) = make_uint4(result[0], result[1], result[2], result[3]);
+  const Vec<T> before = inside ? Vec<T>::load(target) : Vec<T>{};
+  const Part<T> part{static_cast<const T*>(pending.site.arena) + tile.b_offset, tile.width,
+                     tile.rank, tile.h_start};
+  float acc[1][8] = {};
+  expand_warp<T, 1>(acc, pending, part, token, 1, out, inside);
+  if (inside) before.plus(acc[0]).store(target);
 }
 
 // Prefill. tiles: int32 [num_tiles, 3] = (slot, first token, end), at most 64 tokens each.
@@ -398,8 +364,9 @@ int expand_decode(void* y, const float* partial, const Site& site, const int* ro
                   int capacity, int max_rank, int splits, cudaStream_t stream) {
   if (tokens >= (max_rank <= 32 ? 4 : 16)) {
     const dim3 pairs((tiles_of(site, kOutTile) + kAloneWarps - 1) / kAloneWarps, tokens);
-    expand_alone_kernel<T><<<pairs, 32 * kAloneWarps, 0, stream>>>(
-        static_cast<T*>(y), partial, site, row_slots, tokens, capacity, splits, width_of(site));
+    const Pending pending{partial, site, row_slots, tokens, capacity, splits};
+    expand_alone_kernel<T>
+        <<<pairs, 32 * kAloneWarps, 0, stream>>>(static_cast<T*>(y), pending, width_of(site));
     return cudaGetLastError();
   }
   constexpr int kWarps = 4;

@@ -14,7 +14,9 @@ Arguments:
     shrunk  what `lora_begin` returned for the same x, site and batch.
 
 On CUDA the op has two halves, so that the first can run beside the base product: `lora_begin`,
-the product, `lora_add_`. Elsewhere, and for long segments, `lora_begin` does nothing.
+the product, `lora_add_`. Elsewhere, and for long segments, `lora_begin` does nothing. Where the
+second half is so short that its launch would cost more, `lora_product` leaves it to the operation
+that reads y next: see Pending.
 """
 
 from __future__ import annotations
@@ -109,22 +111,45 @@ class LoraBatch:
         return _padded(self.segments[len(self.head) :], self.row_slots.device)
 
 
-def lora_linear(
+class Pending(NamedTuple):
+    """What a product still lacks: shrunk @ B of each row's slot.
+
+    Whoever reads the product next adds it, before anything else, and rounds the sum to the serving
+    dtype: `lora_add_` does, or a fused operation that takes it as an argument.
+    """
+
+    shrunk: Shrunk
+    site: SiteWeights
+    row_slots: torch.Tensor
+
+    @property
+    def max_rank(self) -> int:
+        """At least the rank of every target of every slot in use."""
+        return self.shrunk.max_rank
+
+    def add_(self, y: torch.Tensor) -> None:
+        """Finishes the product in place."""
+        cuda.expand_(y, self.shrunk, self.site, self.row_slots)
+
+
+def lora_product(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     site: SiteWeights,
     batch: LoraBatch,
-) -> torch.Tensor:
-    """The base product with the op on top: x @ weight^T + bias, then lora_add_ to it."""
+) -> tuple[torch.Tensor, Pending | None]:
+    """x @ weight^T + bias, then `lora_add_` to it, or what of that is still pending."""
     if site.has_kernels and batch.is_decode and not batch.is_empty and skinny.pays(x, weight):
         y, shrunk = cuda.shrink_with_linear(x, weight, bias, site, batch.row_slots, batch.max_rank)
-        cuda.expand_(y, shrunk, site, batch.row_slots)
-        return y
+        return y, Pending(shrunk, site, batch.row_slots)
     begun = lora_begin(x, site, batch)
     y = linear(x, weight, bias)
-    lora_add_(y, x, site, batch, begun)
-    return y
+    if begun is None:
+        lora_add_(y, x, site, batch)
+        return y, None
+    _join(x.device)
+    return y, Pending(begun, site, batch.row_slots)
 
 
 def lora_begin(x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> Shrunk | None:
@@ -150,7 +175,7 @@ def lora_add_(
     assert x.shape[1] == site.in_features
     assert y.shape == (x.shape[0], sum(site.out_splits))
     if shrunk is not None:
-        torch.cuda.current_stream(x.device).wait_stream(_side_stream(x.device))
+        _join(x.device)
         cuda.expand_(y, shrunk, site, batch.row_slots)
     elif site.has_kernels:
         cuda.prefill_add_(y, x, site, batch.tiles, batch.max_rank)
@@ -206,6 +231,10 @@ def _padded(segments: Sequence[Segment], device: torch.device) -> PaddedRows | N
         torch.tensor(owners, device=device),
         tuple(slot for slot, _, _ in segments),
     )
+
+
+def _join(device: torch.device) -> None:
+    torch.cuda.current_stream(device).wait_stream(_side_stream(device))
 
 
 @lru_cache

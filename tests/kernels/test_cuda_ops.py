@@ -13,7 +13,7 @@ from lorafleet.kernels.fused import cuda as fused_cuda
 from lorafleet.kernels.fused import reference as fused_reference
 from lorafleet.kernels.greedy.op import greedy
 from lorafleet.kernels.linear import cuda as skinny
-from lorafleet.kernels.lora.op import LoraBatch, lora_add_, lora_begin, lora_linear
+from lorafleet.kernels.lora.op import LoraBatch, Pending, lora_add_, lora_begin, lora_product
 from lorafleet.kernels.lora.weights import SiteWeights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -49,7 +49,7 @@ class Site:
                 cursor += padded
             rows.append(tuple((row + [0] * 8)[:8]) if sum(per_target) else (0,) * 8)
         rows += [(0,) * 8] * (num_slots + 1 - len(rows))
-        self.ranks, self.outs = list(ranks), list(outs)
+        self.ranks, self.outs, self.dtype = list(ranks), list(outs), dtype
         arena = torch.cat(blocks).to(dtype).cuda()
         table = torch.zeros(num_slots + 1, 3, 8, dtype=torch.int64)  # this site is the middle one
         table[:, 1] = torch.tensor(rows)
@@ -168,7 +168,9 @@ def test_a_skinny_linear_carries_the_shrink(slots: list[int]) -> None:
     x = torch.randn(len(slots), 1024, device="cuda").bfloat16()
     weight = torch.randn(512, 1024, device="cuda").bfloat16()
     batch = batch_of(slots, site.max_rank)
-    found = lora_linear(x, weight, None, site.weights, batch)
+    found, pending = lora_product(x, weight, None, site.weights, batch)
+    assert pending is not None
+    pending.add_(found)
     expected = skinny.linear(x, weight, None)
     lora_add_(expected, x, site.weights, batch, lora_begin(x, site.weights, batch))
     assert torch.equal(found, expected)
@@ -250,6 +252,77 @@ def test_decode_attention(
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert not arrived.any()
+
+
+PENDING_SLOTS = [[1], [0, 0, 1], [2, 1, 0, 3, 5, 0, 4], [4] * 9 + [0] * 3 + [5] * 2, [1, 2] * 20]
+
+
+def begin(site: Site, slots: Sequence[int]) -> Pending:
+    """What a product of these rows' adapters lacks."""
+    x = torch.randn(len(slots), site.weights.in_features, device="cuda").to(site.dtype)
+    batch = batch_of(slots, site.max_rank)
+    _, pending = lora_product(x, torch.zeros(8, x.shape[1]).to(x), None, site.weights, batch)
+    assert pending is not None
+    poison()
+    return pending
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slots", PENDING_SLOTS)
+@pytest.mark.parametrize("hidden", [264, 4096, 8192])
+def test_a_norm_adds_what_is_pending(hidden: int, slots: list[int], dtype: torch.dtype) -> None:
+    site = Site(256, (hidden,), [(8,), (1,), (16,), (3,), (16,)], dtype)
+    pending = begin(site, slots)
+    assert fused_cuda.norms_pending(torch.empty(1, hidden, device="cuda", dtype=dtype), pending)
+    x, residual = torch.randn(2, len(slots), hidden, device="cuda").to(dtype)
+    weight, expected_residual = torch.randn(hidden, device="cuda").to(dtype), residual.clone()
+    found = fused_cuda.rms_norm(x, residual, weight, 1e-5, pending)
+    pending.add_(x)
+    _close(found, fused_reference.add_rms_norm_(x, expected_residual, weight, 1e-5))
+    _close(residual, expected_residual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slots", PENDING_SLOTS)
+@pytest.mark.parametrize("width", [96, 1536, 14336])
+@pytest.mark.parametrize("is_one_target", [False, True])
+def test_silu_mul_adds_what_is_pending(
+    width: int, slots: list[int], is_one_target: bool, dtype: torch.dtype
+) -> None:
+    outs = (2 * width,) if is_one_target else (width, width)
+    site = Site(256, outs, [ranks[: len(outs)] for ranks in MIXED_RANKS], dtype)
+    pending = begin(site, slots)
+    gate_up = torch.randn(len(slots), 2 * width, device="cuda").to(dtype)
+    found = fused_cuda.silu_mul(gate_up, pending)
+    pending.add_(gate_up)
+    _close(found, fused_reference.silu_mul(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slots", PENDING_SLOTS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(4, 2, 64), (32, 8, 128), (5, 1, 96), (3, 3, 16)]
+)
+def test_rotary_adds_what_is_pending(
+    heads: int, kv_heads: int, head_dim: int, slots: list[int], dtype: torch.dtype
+) -> None:
+    outs = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
+    site = Site(256, outs, MIXED_RANKS, dtype)
+    pending = begin(site, slots)
+    tokens = len(slots)
+    qkv = torch.randn(tokens, sum(outs), device="cuda").to(dtype)
+    cos, sin = torch.randn(2, tokens, head_dim, device="cuda").to(dtype)
+    locations = torch.randperm(64, device="cuda")[:tokens]
+    pools = torch.zeros(2, 2, 4, 16, kv_heads, head_dim, device="cuda", dtype=dtype)
+    found = fused_cuda.rotary_and_store_(
+        qkv, cos, sin, pools[0, 0], pools[0, 1], locations, None, None, 1e-6, pending
+    )
+    pending.add_(qkv)
+    expected = fused_reference.rotary_and_store_(
+        qkv, cos, sin, pools[1, 0], pools[1, 1], locations, None, None, 1e-6
+    )
+    _close(found, expected)
+    _close(pools[0], pools[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,159 @@
+// rotary_and_store_ of op.py. A lane holds 8 elements of a head, a warp one token's whole heads.
+#include "../lora/expand.cuh"
+
+namespace lorafleet {
+namespace {
+
+constexpr int kWarps = 4;
+
+struct Heads {
+  int num, num_kv, dim, rotary_dim;
+  int lanes;  // of a warp that one head takes: dim / 8, rounded up to a power of two
+};
+
+template <typename T>
+struct Tables {
+  const T *cos, *sin, *q_norm, *k_norm;
+  float eps;
+};
+
+template <typename T>
+struct Pool {
+  T *keys, *values;
+  const int64_t* locations;
+};
+
+// This lane's 8 elements: of which head of which part (0 query, 1 key, 2 value).
+struct Place {
+  int part, first_head, head, at;
+  bool valid;
+};
+
+__device__ Place place_of(const Heads& heads, int warp) {
+  const int lane = threadIdx.x % 32, per_warp = 32 / heads.lanes;
+  const int query_warps = (heads.num + per_warp - 1) / per_warp;
+  const int kv_warps = (heads.num_kv + per_warp - 1) / per_warp;
+  Place place;
+  place.part = warp < query_warps ? 0 : warp < query_warps + kv_warps ? 1 : 2;
+  if (place.part > 0) warp -= query_warps;
+  if (place.part > 1) warp -= kv_warps;
+  place.first_head = warp * per_warp;
+  place.head = place.first_head + lane / heads.lanes;
+  place.at = lane % heads.lanes * kWide;
+  const int count = place.part == 0 ? heads.num : heads.num_kv;
+  place.valid = place.head < count && place.at < heads.dim;
+  return place;
+}
+
+template <typename T>
+__device__ void norm_head(Vec<T>& x, const T* weight, const Heads& heads, const Place& place,
+                          float eps) {
+  float squares = 0.f;
+#pragma unroll
+  for (int j = 0; j < kWide; ++j) squares += x.x[j] * x.x[j];
+  for (int offset = heads.lanes / 2; offset; offset /= 2)
+    squares += __shfl_xor_sync(kFullWarp, squares, offset);
+  const float scale = rsqrtf(squares / heads.dim + eps);
+  const Vec<T> w = place.valid ? Vec<T>::load(weight + place.at) : Vec<T>{};
+#pragma unroll
+  for (int j = 0; j < kWide; ++j) x.x[j] = rounded<T>(rounded<T>(x.x[j] * scale) * w.x[j]);
+}
+
+// Element d meets d + rotary_dim / 2, which a neighbouring lane holds.
+template <typename T>
+__device__ void rotate(Vec<T>& x, const Tables<T>& tables, const Heads& heads, const Place& place,
+                       int token) {
+  const int half = heads.rotary_dim / 2;
+  const bool is_first = place.at < half, is_rotated = place.at < heads.rotary_dim;
+  const int partner = (threadIdx.x + (is_first ? half : -half) / kWide) % 32;
+  Vec<T> other;
+#pragma unroll
+  for (int j = 0; j < kWide; ++j) other.x[j] = __shfl_sync(kFullWarp, x.x[j], partner);
+  if (!is_rotated) return;
+  const int64_t at = static_cast<int64_t>(token) * heads.rotary_dim + place.at;
+  const Vec<T> c = Vec<T>::load(tables.cos + at), s = Vec<T>::load(tables.sin + at);
+  const float sign = is_first ? -1.f : 1.f;
+#pragma unroll
+  for (int j = 0; j < kWide; ++j)
+    x.x[j] = rounded<T>(x.x[j] * c.x[j]) + rounded<T>(sign * other.x[j] * s.x[j]);
+}
+
+// grid (tokens, warps of a token / kWarps).
+template <typename T, bool kPending>
+__global__ void __launch_bounds__(32 * kWarps)
+    rotary_kernel(T* query, const T* qkv, Pool<T> pool, Tables<T> tables, Heads heads,
+                  Pending pending) {
+  const Place place = place_of(heads, blockIdx.y * kWarps + threadIdx.x / 32);
+  const int num = place.part == 0 ? heads.num : heads.num_kv;
+  if (place.first_head >= num) return;  // the whole warp
+  const int64_t token = blockIdx.x, location = pool.locations[token];
+  const int start = place.part == 0 ? 0 : heads.num + (place.part - 1) * heads.num_kv;
+  const int offset = (place.head - place.first_head) * heads.dim + place.at;
+  const int first = (start + place.first_head) * heads.dim;
+  const int width = (heads.num + 2 * heads.num_kv) * heads.dim;
+  Vec<T> x = place.valid ? Vec<T>::load(qkv + token * width + first + offset) : Vec<T>{};
+  if constexpr (kPending) {
+    const int slot = pending.row_slots[token];
+    if (slot != 0) {
+      float acc[1][kWide] = {};
+      const Part<T> part = part_at<T>(pending.site, row_of(pending.site, slot), first);
+      expand_warp<T, 1>(acc, pending, part, token, 1, offset, place.valid);
+      x = x.plus(acc[0]);
+      x.round();
+    }
+  }
+  T* target = place.part == 0 ? query + (token * heads.num + place.head) * heads.dim
+                              : (place.part == 1 ? pool.keys : pool.values) +
+                                    (location * heads.num_kv + place.head) * heads.dim;
+  if (place.part < 2) {
+    const T* weight = place.part == 0 ? tables.q_norm : tables.k_norm;
+    if (weight != nullptr) norm_head(x, weight, heads, place, tables.eps);
+    rotate(x, tables, heads, place, token);
+  }
+  if (place.valid) x.store(target + place.at);
+}
+
+template <typename T>
+int rotary(void* query, const void* qkv, const void* cos, const void* sin, void* keys, void* values,
+           const int64_t* locations, const void* q_norm, const void* k_norm, int tokens,
+           const Heads& heads, float eps, const Pending* pending, cudaStream_t stream) {
+  const int per_warp = 32 / heads.lanes;
+  const int warps = (heads.num + per_warp - 1) / per_warp +
+                    2 * ((heads.num_kv + per_warp - 1) / per_warp);
+  const dim3 grid(tokens, (warps + kWarps - 1) / kWarps);
+  const Pool<T> pool{static_cast<T*>(keys), static_cast<T*>(values), locations};
+  const Tables<T> tables{static_cast<const T*>(cos), static_cast<const T*>(sin),
+                         static_cast<const T*>(q_norm), static_cast<const T*>(k_norm), eps};
+  T* q = static_cast<T*>(query);
+  const T* x = static_cast<const T*>(qkv);
+  if (pending != nullptr)
+    rotary_kernel<T, true><<<grid, 32 * kWarps, 0, stream>>>(q, x, pool, tables, heads, *pending);
+  else
+    rotary_kernel<T, false><<<grid, 32 * kWarps, 0, stream>>>(q, x, pool, tables, heads, {});
+  return cudaGetLastError();
+}
+
+int lanes_of(int head_dim) {
+  int lanes = 1;
+  while (lanes * kWide < head_dim) lanes *= 2;
+  return lanes;
+}
+
+}  // namespace
+}  // namespace lorafleet
+
+using namespace lorafleet;
+
+extern "C" int lorafleet_rotary_and_store(int is_half, void* query, const void* qkv,
+                                          const void* cos, const void* sin, void* keys,
+                                          void* values, const int64_t* locations,
+                                          const void* q_norm, const void* k_norm, int tokens,
+                                          int num_heads, int num_kv_heads, int head_dim,
+                                          int rotary_dim, float eps, const Pending* pending,
+                                          cudaStream_t stream) {
+  const Heads heads{num_heads, num_kv_heads, head_dim, rotary_dim, lanes_of(head_dim)};
+  return is_half ? rotary<__half>(query, qkv, cos, sin, keys, values, locations, q_norm, k_norm,
+                                  tokens, heads, eps, pending, stream)
+                 : rotary<__nv_bfloat16>(query, qkv, cos, sin, keys, values, locations, q_norm,
+                                         k_norm, tokens, heads, eps, pending, stream);
+}
