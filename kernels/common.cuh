@@ -1,4 +1,4 @@
-// What the kernels share: 16-byte loads, tensor-core products, reductions, launches.
+// What the kernels share: launches, 16-byte loads, tensor-core products, reductions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,6 +10,48 @@
 namespace lorafleet {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Programmatic dependent launch (CUDA C++ programming guide): a kernel started by `launch` may begin
+// while the one before it in its stream still runs. Until `wait_for_inputs` returns it may read only
+// what no kernel of the same step writes (weights, adapters, earlier tokens' keys and values) and
+// write nothing. Every such kernel waits, in every block: the one behind it relies on that for what
+// came two kernels before.
+__device__ inline void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel begin as soon as every block of this one has come here and there is room.
+__device__ inline void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+           cudaStream_t stream, Arguments&&... arguments) {
+  static const bool overlaps = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = overlaps ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
 
 template <typename T>
 struct Pair;
@@ -96,6 +138,40 @@ __device__ inline uint4 load_stream(const void* address) {
   return value;
 }
 
+// Starts the way of 16 bytes to the L2; harmless for any address that could be loaded.
+__device__ inline void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+__device__ inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// 16 bytes to shared memory, or zeros: then `from` is not read.
+__device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0));
+}
+
+// Where the 16-byte piece `piece` of row `row` lies in a tile of 64 2-byte columns, in bytes:
+// swizzled, so that matrices of 8 rows are read without bank conflicts.
+__device__ inline uint32_t swizzled(int row, int piece) {
+  return row * 128 + ((piece ^ (row & 7)) << 4);
+}
+
+// Four 8 x 8 matrices of 2-byte elements; lane 8 m + r gives the address of row r of matrix m.
+__device__ inline void load_matrices(uint32_t (&m)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(row));
+}
+
+__device__ inline void load_transposed(uint32_t (&m)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(row));
+}
+
 // D[16 x 8] += A[16 x 16] * B[16 x 8], float32 accumulators. Fragments as PTX lays them out for
 // mma.m16n8k16: lane = 4 * group + quad; a holds rows group and group + 8, b holds column group.
 template <typename T>
@@ -118,6 +194,12 @@ __device__ inline void mma<__half>(float (&d)[4], uint32_t a0, uint32_t a1, uint
       "{%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// A barrier of kWarps warps of the block, beside __syncthreads, which is barrier 0.
+template <int kWarps, int kBarrier = 1>
+__device__ void meet() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(32 * kWarps) : "memory");
 }
 
 __device__ inline float warp_sum(float x) {

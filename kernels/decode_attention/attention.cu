@@ -22,28 +22,6 @@ struct PageTile {
   T values[kPage][kDim + kPad];
 };
 
-__device__ inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// 16 bytes to shared memory, or zeros.
-__device__ inline void copy_async(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0));
-}
-
-__device__ inline void load_matrices(uint32_t (&m)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(shared_address(row)));
-}
-
-__device__ inline void load_transposed(uint32_t (&m)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(shared_address(row)));
-}
-
 // From (key = lane group, heads = quad's pair) to (head = lane group, keys = quad's pair).
 __device__ inline uint32_t transposed(uint32_t m) {
   uint32_t result;
@@ -61,19 +39,20 @@ __device__ void load_page(PageTile<T, kDim>& tile, const T* keys, const T* value
   for (int i = lane; i < kPage * kChunks; i += 32) {
     const int t = i / kChunks, c = 8 * (i % kChunks);
     const bool valid = t >= first_valid && t < end_valid;
-    copy_async(&tile.keys[t][c], keys + t * token_stride + c, valid);
-    copy_async(&tile.values[t][c], values + t * token_stride + c, valid);
+    copy_async(shared_address(&tile.keys[t][c]), keys + t * token_stride + c, valid);
+    copy_async(shared_address(&tile.values[t][c]), values + t * token_stride + c, valid);
   }
 }
 
 // grid (rows * kv_heads, chunks)
 template <typename T, int kDim>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, 2)
     decode_attention_kernel(T* out, float* partial, int* arrived, const T* query, const T* keys,
                             const T* values, const int64_t* page_table, int64_t table_stride,
                             const int64_t* rows, const int64_t* positions, int kv_heads, int group,
                             float scale, int window, float softcap) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
+  let_next_begin();
   const int row = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int lane_group = lane / 4, quad = lane % 4;
@@ -87,7 +66,10 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int per_chunk = max(kWarps, (num_pages + static_cast<int>(gridDim.y) - 1) /
                                         static_cast<int>(gridDim.y));
   const int chunks = (num_pages + per_chunk - 1) / per_chunk;
-  if (blockIdx.y >= chunks) return;
+  if (blockIdx.y >= chunks) {
+    wait_for_inputs();
+    return;
+  }
   const int begin = first_page + blockIdx.y * per_chunk;
   const int end = min(begin + per_chunk, first_page + num_pages);
   const int64_t heads = static_cast<int64_t>(kv_heads) * group;
@@ -115,8 +97,15 @@ __global__ void __launch_bounds__(32 * kWarps)
     }
     asm volatile("cp.async.commit_group;");
   };
+  // Older pages need not wait for the kernel that stores the new token's key and value.
+  const int newest = first_page + num_pages - 1;
 #pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) start_page(begin + warp + kWarps * stage, stage);
+  for (int stage = 0; stage < kStages; ++stage) {
+    const int p = begin + warp + kWarps * stage;
+    if (p == newest) wait_for_inputs();
+    start_page(p, stage);
+  }
+  wait_for_inputs();
 
   uint32_t q[kDim / 16][2];
   const T* q_row = query + (row * heads + kv_head * group + lane_group) * kDim;
@@ -140,7 +129,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
     for (int i = 0; i < kDim / 16; ++i) {
       uint32_t k[4];
-      load_matrices(k, &tile.keys[lane % 16][16 * i + 8 * (lane / 16)]);
+      load_matrices(k, shared_address(&tile.keys[lane % 16][16 * i + 8 * (lane / 16)]));
       mma<T>(d, k[0], k[1], k[2], k[3], q[i][0], q[i][1]);
     }
 #pragma unroll
@@ -169,7 +158,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
     for (int i = 0; i < kDim / 16; ++i) {
       uint32_t v[4];
-      load_transposed(v, &tile.values[lane % 8 + 8 * (lane / 16)][16 * i + 8 * (lane / 8 % 2)]);
+      load_transposed(v, shared_address(&tile.values[lane % 8 + 8 * (lane / 16)]
+                                                    [16 * i + 8 * (lane / 8 % 2)]));
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[i][j] *= keep[j % 2];
       mma<T>(sums[i], v[0], v[1], v[2], v[3], low, high);
@@ -202,8 +192,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   __syncthreads();
   const int64_t unit = blockIdx.x;
   T* target = out + (row * heads + kv_head * group) * kDim;
-  // Per chunk: [group] of (best, total), then [group][kDim] sums.
-  const int64_t record = static_cast<int64_t>(group) * (kDim + 2);
+  // Per chunk: [group][kDim] sums, then [group] of (best, total), on 16-byte boundaries.
+  const int64_t record = static_cast<int64_t>(group) * (kDim + 4);
   float* mine = partial + (unit * gridDim.y + blockIdx.y) * record;
   for (int i = threadIdx.x; i < group * kDim; i += 32 * kWarps) {
     const int h = i / kDim, c = i % kDim;
@@ -220,10 +210,10 @@ __global__ void __launch_bounds__(32 * kWarps)
     if (chunks == 1) {
       target[i] = Pair<T>::round(sum / all);
     } else {
-      mine[2 * group + i] = sum;
+      mine[i] = sum;
       if (c == 0) {
-        mine[2 * h] = most;
-        mine[2 * h + 1] = all;
+        mine[group * kDim + 2 * h] = most;
+        mine[group * kDim + 2 * h + 1] = all;
       }
     }
   }
@@ -239,23 +229,48 @@ __global__ void __launch_bounds__(32 * kWarps)
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  const float* all_chunks = partial + unit * gridDim.y * record;
-  for (int i = threadIdx.x; i < group * kDim; i += 32 * kWarps) {
-    const int h = i / kDim;
-    float most = -INFINITY, sum = 0.f, all = 0.f;
-    for (int c = 0; c < chunks; ++c) most = fmaxf(most, __ldcg(all_chunks + c * record + 2 * h));
-    for (int c = 0; c < chunks; ++c) {
-      const float* one = all_chunks + c * record;
-      const float keep = __expf(__ldcg(one + 2 * h) - most);
-      sum += keep * __ldcg(one + 2 * group + i);
-      all += keep * __ldcg(one + 2 * h + 1);
+  // A warp merges a head: lanes know the chunks' weights, then hold kDim / 32 outputs each.
+  constexpr int kOuts = kDim / 32;
+  const float* records = partial + unit * gridDim.y * record;
+  for (int h = warp; h < group; h += kWarps) {
+    const auto pair = [&](int c) {
+      return __ldcg(reinterpret_cast<const float2*>(records + c * record + group * kDim) + h);
+    };
+    float most = -INFINITY;
+    for (int c = lane; c < chunks; c += 32) most = fmaxf(most, pair(c).x);
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2)
+      most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, offset));
+    float sums[kOuts] = {}, all = 0.f;
+    for (int first = 0; first < chunks; first += 32) {
+      float keep = 0.f;
+      if (first + lane < chunks) {
+        const float2 chunk = pair(first + lane);
+        keep = __expf(chunk.x - most);
+        all += keep * chunk.y;
+      }
+      const int count = min(32, chunks - first);
+#pragma unroll 4
+      for (int c = 0; c < count; ++c) {
+        const float weight = __shfl_sync(kFullWarp, keep, c);
+        const float* from = records + (first + c) * record + h * kDim + kOuts * lane;
+#pragma unroll
+        for (int j = 0; j < kOuts; j += 2) {
+          const float2 value = __ldcg(reinterpret_cast<const float2*>(from + j));
+          sums[j] += weight * value.x;
+          sums[j + 1] += weight * value.y;
+        }
+      }
     }
-    target[i] = Pair<T>::round(sum / all);
+    all = warp_sum(all);
+#pragma unroll
+    for (int j = 0; j < kOuts; ++j)
+      target[h * kDim + kOuts * lane + j] = Pair<T>::round(sums[j] / all);
   }
 }
 
 template <typename T, int kDim>
-int launch(void* out, float* partial, int* arrived, const void* query, const void* keys,
+int attend(void* out, float* partial, int* arrived, const void* query, const void* keys,
            const void* values, const int64_t* page_table, int64_t table_stride, const int64_t* rows,
            const int64_t* positions, int num_rows, int kv_heads, int group, int chunks, float scale,
            int window, float softcap, cudaStream_t stream) {
@@ -265,11 +280,10 @@ int launch(void* out, float* partial, int* arrived, const void* query, const voi
                            cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(num_rows * kv_heads, chunks);
-  decode_attention_kernel<T, kDim><<<grid, 32 * kWarps, kBytes, stream>>>(
-      static_cast<T*>(out), partial, arrived, static_cast<const T*>(query),
-      static_cast<const T*>(keys), static_cast<const T*>(values), page_table, table_stride, rows,
-      positions, kv_heads, group, scale, window, softcap);
-  return cudaGetLastError();
+  return lorafleet::launch(decode_attention_kernel<T, kDim>, grid, 32 * kWarps, kBytes, stream,
+                           static_cast<T*>(out), partial, arrived, static_cast<const T*>(query),
+                           static_cast<const T*>(keys), static_cast<const T*>(values), page_table,
+                           table_stride, rows, positions, kv_heads, group, scale, window, softcap);
 }
 
 }  // namespace
@@ -285,7 +299,7 @@ extern "C" int lorafleet_decode_attention(int is_half, int head_dim, void* out, 
                                           int group, int chunks, float scale, int window,
                                           float softcap, cudaStream_t stream) {
 #define LAUNCH(T, D)                                                                             \
-  return launch<T, D>(out, partial, arrived, query, keys, values, page_table, table_stride, rows, \
+  return attend<T, D>(out, partial, arrived, query, keys, values, page_table, table_stride, rows, \
                       positions, num_rows, kv_heads, group, chunks, scale, window, softcap, stream)
   if (head_dim == 64) {
     if (is_half) LAUNCH(__half, 64);

@@ -58,7 +58,7 @@ def decode_attention(
     group, units = heads // kv_heads, num_rows * kv_heads
     chunks = max(1, min(_BLOCKS // units, page_table.shape[1]))
     out = torch.empty_like(query)
-    partial = query.new_empty(units * chunks * group * (head_dim + 2), dtype=torch.float32)
+    partial = query.new_empty(units * chunks * group * (head_dim + 4), dtype=torch.float32)
     _entry()(
         int(query.dtype == torch.float16), head_dim, out.data_ptr(), partial.data_ptr(),
         arrived.data_ptr(), query.data_ptr(), keys.data_ptr(), values.data_ptr(),

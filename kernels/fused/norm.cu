@@ -23,13 +23,21 @@ __device__ Vec<T> load_finished(const T* x, const Pending& pending, int at, int 
     if (slot == 0) return loaded;
     const int lane_offset = threadIdx.x % 32 * kWide, first = at - lane_offset;
     if (first >= hidden) return loaded;
-    float acc[1][kWide] = {};
+    float acc[kWide] = {};
     const Part<T> part = part_at<T>(pending.site, row_of(pending.site, slot), first);
-    expand_warp<T, 1>(acc, pending, part, token, 1, lane_offset, at < hidden);
-    loaded = loaded.plus(acc[0]);
+    expand_warp(acc, pending, part, token, lane_offset, at < hidden);
+    loaded = loaded.plus(acc);
     loaded.round();
   }
   return loaded;
+}
+
+// What load_finished will read of B.
+template <typename T>
+__device__ void prefetch_pending(const Pending& pending, int hidden) {
+  const SiteRow& row = row_of(pending.site, pending.row_slots[blockIdx.x]);
+  for (int at = threadIdx.x * kWide; at < hidden; at += blockDim.x * kWide)
+    prefetch_part(part_at<T>(pending.site, row, at), 0);
 }
 
 // residual (+= x), then out = norm(residual) * weight. kVecs pieces of 8 per thread.
@@ -37,6 +45,9 @@ template <typename T, int kVecs, bool kPending>
 __global__ void __launch_bounds__(512)
     rms_norm_kernel(T* out, T* residual, const T* x, const T* weight, int hidden, float eps,
                     Pending pending) {
+  let_next_begin();
+  if constexpr (kPending) prefetch_pending<T>(pending, hidden);
+  wait_for_inputs();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * hidden;
   Vec<T> held[kVecs];
   float squares = 0.f;
@@ -70,17 +81,16 @@ __global__ void __launch_bounds__(512)
 }
 
 template <typename T, bool kPending>
-int launch(void* out, void* residual, const void* x, const void* weight, int rows, int hidden,
+int norm_rows(void* out, void* residual, const void* x, const void* weight, int rows, int hidden,
            float eps, const Pending& pending, cudaStream_t stream) {
   const int pieces = (hidden + kWide - 1) / kWide;
   int threads = (pieces + 31) / 32 * 32;
   if (threads > 512) threads = 512;
   const int vecs = (pieces + threads - 1) / threads;
   const auto run = [&](auto kernel) {
-    kernel<<<rows, threads, 0, stream>>>(static_cast<T*>(out), static_cast<T*>(residual),
-                                         static_cast<const T*>(x), static_cast<const T*>(weight),
-                                         hidden, eps, pending);
-    return static_cast<int>(cudaGetLastError());
+    return lorafleet::launch(kernel, dim3(rows), threads, 0, stream, static_cast<T*>(out),
+                             static_cast<T*>(residual), static_cast<const T*>(x),
+                             static_cast<const T*>(weight), hidden, eps, pending);
   };
   if (vecs == 1) return run(rms_norm_kernel<T, 1, kPending>);
   if (vecs == 2) return run(rms_norm_kernel<T, 2, kPending>);
@@ -93,8 +103,8 @@ template <typename T>
 int norm(void* out, void* residual, const void* x, const void* weight, int rows, int hidden,
          float eps, const Pending* pending, cudaStream_t stream) {
   return pending != nullptr
-             ? launch<T, true>(out, residual, x, weight, rows, hidden, eps, *pending, stream)
-             : launch<T, false>(out, residual, x, weight, rows, hidden, eps, {}, stream);
+             ? norm_rows<T, true>(out, residual, x, weight, rows, hidden, eps, *pending, stream)
+             : norm_rows<T, false>(out, residual, x, weight, rows, hidden, eps, {}, stream);
 }
 
 }  // namespace

@@ -83,22 +83,27 @@ template <typename T, bool kPending>
 __global__ void __launch_bounds__(32 * kWarps)
     rotary_kernel(T* query, const T* qkv, Pool<T> pool, Tables<T> tables, Heads heads,
                   Pending pending) {
+  let_next_begin();
   const Place place = place_of(heads, blockIdx.y * kWarps + threadIdx.x / 32);
   const int num = place.part == 0 ? heads.num : heads.num_kv;
-  if (place.first_head >= num) return;  // the whole warp
   const int64_t token = blockIdx.x, location = pool.locations[token];
   const int start = place.part == 0 ? 0 : heads.num + (place.part - 1) * heads.num_kv;
   const int offset = (place.head - place.first_head) * heads.dim + place.at;
   const int first = (start + place.first_head) * heads.dim;
   const int width = (heads.num + 2 * heads.num_kv) * heads.dim;
+  Part<T> part{};
+  if constexpr (kPending) {
+    part = part_at<T>(pending.site, row_of(pending.site, pending.row_slots[token]), first);
+    if (place.valid) prefetch_part(part, offset);
+  }
+  wait_for_inputs();
+  if (place.first_head >= num) return;  // the whole warp
   Vec<T> x = place.valid ? Vec<T>::load(qkv + token * width + first + offset) : Vec<T>{};
   if constexpr (kPending) {
-    const int slot = pending.row_slots[token];
-    if (slot != 0) {
-      float acc[1][kWide] = {};
-      const Part<T> part = part_at<T>(pending.site, row_of(pending.site, slot), first);
-      expand_warp<T, 1>(acc, pending, part, token, 1, offset, place.valid);
-      x = x.plus(acc[0]);
+    if (part.rank != 0) {
+      float acc[kWide] = {};
+      expand_warp(acc, pending, part, token, offset, place.valid);
+      x = x.plus(acc);
       x.round();
     }
   }
@@ -127,10 +132,10 @@ int rotary(void* query, const void* qkv, const void* cos, const void* sin, void*
   T* q = static_cast<T*>(query);
   const T* x = static_cast<const T*>(qkv);
   if (pending != nullptr)
-    rotary_kernel<T, true><<<grid, 32 * kWarps, 0, stream>>>(q, x, pool, tables, heads, *pending);
-  else
-    rotary_kernel<T, false><<<grid, 32 * kWarps, 0, stream>>>(q, x, pool, tables, heads, {});
-  return cudaGetLastError();
+    return launch(rotary_kernel<T, true>, grid, 32 * kWarps, 0, stream, q, x, pool, tables, heads,
+                  *pending);
+  return launch(rotary_kernel<T, false>, grid, 32 * kWarps, 0, stream, q, x, pool, tables, heads,
+                Pending{});
 }
 
 int lanes_of(int head_dim) {

@@ -15,6 +15,8 @@ __device__ Vec<T> silu_times(Vec<T> gate, const Vec<T>& up) {
 // grid (pieces of a row, rows); 16 bytes a thread.
 template <typename T>
 __global__ void silu_mul_kernel(T* out, const T* gate_up, int width) {
+  let_next_begin();
+  wait_for_inputs();
   const int at = (blockIdx.x * blockDim.x + threadIdx.x) * kWide;
   if (at >= width) return;
   const T* gate = gate_up + static_cast<int64_t>(blockIdx.y) * 2 * width + at;
@@ -22,68 +24,41 @@ __global__ void silu_mul_kernel(T* out, const T* gate_up, int width) {
       .store(out + static_cast<int64_t>(blockIdx.y) * width + at);
 }
 
-constexpr int kShared = 4;  // tokens of one slot that share the loads of B
+constexpr int kTokens = 4;  // of a block: those of one slot find its B in the L1
 
-// Tokens from `token` on that have its slot and lie in its aligned group of kShared; 0 where an
-// earlier token has taken this one.
-__device__ int shared_from(const int* row_slots, int token, int num_tokens) {
-  const int slot = row_slots[token];
-  if (token % kShared != 0 && row_slots[token - 1] == slot) return 0;
-  int count = 1;
-  while (token + count < num_tokens && (token + count) % kShared != 0 &&
-         row_slots[token + count] == slot)
-    ++count;
-  return count;
-}
-
-// The same with the LoRA part of gate_up still to be added. grid (tiles of 256 outputs, tokens);
-// one warp finishes gate, the other up, and they meet in shared memory.
+// The same with the LoRA part of gate_up still to be added. grid (tiles of 256 outputs, groups of
+// tokens); of two warps a token one finishes gate, the other up, and they meet in shared memory.
 template <typename T>
-__global__ void __launch_bounds__(64)
+__global__ void __launch_bounds__(64 * kTokens, 2)
     silu_mul_pending_kernel(T* out, const T* gate_up, int width, Pending pending) {
-  __shared__ float4 ups[kShared][2][32];
-  const int token = blockIdx.y, lane = threadIdx.x % 32;
-  const bool is_up = threadIdx.x >= 32;
-  const int count = shared_from(pending.row_slots, token, pending.num_tokens);
-  if (count == 0) return;
-  const int slot = pending.row_slots[token];
+  __shared__ float4 ups[kTokens][2][32];
+  let_next_begin();
+  const int place = threadIdx.x / 64, lane = threadIdx.x % 32;
+  const bool is_up = threadIdx.x % 64 >= 32;
+  const int token = blockIdx.y * kTokens + place;
+  const bool is_token = token < pending.num_tokens;
   const int first = blockIdx.x * 32 * kWide, at = first + lane * kWide;
-  const bool inside = at < width;
+  const bool inside = is_token && at < width;
+  const SiteRow& row = row_of(pending.site, is_token ? pending.row_slots[token] : 0);
+  const Part<T> part = part_at<T>(pending.site, row, first + (is_up ? width : 0));
+  if (inside) prefetch_part(part, lane * kWide);
+  wait_for_inputs();
   const T* mine = gate_up + static_cast<int64_t>(token) * 2 * width + (is_up ? width : 0) + at;
-  uint4 raw[kShared];
-#pragma unroll
-  for (int j = 0; j < kShared; ++j)
-    raw[j] = load_or_zero(mine + static_cast<int64_t>(j) * 2 * width, inside && j < count);
-  float acc[kShared][kWide] = {};
-  if (slot != 0) {
-    const SiteRow& row = row_of(pending.site, slot);
-    const Part<T> part = part_at<T>(pending.site, row, first + (is_up ? width : 0));
-    if (count == 1)
-      expand_warp<T, 1>(reinterpret_cast<float(&)[1][kWide]>(acc), pending, part, token, 1,
-                        lane * kWide, inside);
-    else
-      expand_warp<T, kShared>(acc, pending, part, token, count, lane * kWide, inside);
-  }
-  Vec<T> finished[kShared];
-#pragma unroll
-  for (int j = 0; j < kShared; ++j) {
-    finished[j] = Vec<T>::unpack(raw[j]).plus(acc[j]);
-    finished[j].round();
-    if (is_up && j < count) {
-      const float* x = finished[j].x;
-      ups[j][0][lane] = make_float4(x[0], x[1], x[2], x[3]);
-      ups[j][1][lane] = make_float4(x[4], x[5], x[6], x[7]);
-    }
+  const Vec<T> product = inside ? Vec<T>::load(mine) : Vec<T>{};
+  float acc[kWide] = {};
+  expand_warp(acc, pending, part, token, lane * kWide, inside);
+  Vec<T> finished = product.plus(acc);
+  finished.round();
+  if (is_up) {
+    const float* x = finished.x;
+    ups[place][0][lane] = make_float4(x[0], x[1], x[2], x[3]);
+    ups[place][1][lane] = make_float4(x[4], x[5], x[6], x[7]);
   }
   __syncthreads();
   if (is_up || !inside) return;
-#pragma unroll
-  for (int j = 0; j < kShared; ++j) {
-    if (j >= count) break;
-    const float4 low = ups[j][0][lane], high = ups[j][1][lane];
-    const Vec<T> up{{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
-    silu_times(finished[j], up).store(out + static_cast<int64_t>(token + j) * width + at);
-  }
+  const float4 low = ups[place][0][lane], high = ups[place][1][lane];
+  const Vec<T> up{{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+  silu_times(finished, up).store(out + static_cast<int64_t>(token) * width + at);
 }
 
 template <typename T>
@@ -92,14 +67,12 @@ int silu_mul(void* out, const void* gate_up, int rows, int width, const Pending*
   T* o = static_cast<T*>(out);
   const T* g = static_cast<const T*>(gate_up);
   if (pending != nullptr) {
-    const dim3 grid((width + 32 * kWide - 1) / (32 * kWide), rows);
-    silu_mul_pending_kernel<<<grid, 64, 0, stream>>>(o, g, width, *pending);
-  } else {
-    constexpr int kThreads = 256;
-    const dim3 grid((width + kThreads * kWide - 1) / (kThreads * kWide), rows);
-    silu_mul_kernel<<<grid, kThreads, 0, stream>>>(o, g, width);
+    const dim3 grid((width + 32 * kWide - 1) / (32 * kWide), (rows + kTokens - 1) / kTokens);
+    return launch(silu_mul_pending_kernel<T>, grid, 64 * kTokens, 0, stream, o, g, width, *pending);
   }
-  return cudaGetLastError();
+  constexpr int kThreads = 256;
+  const dim3 grid((width + kThreads * kWide - 1) / (kThreads * kWide), rows);
+  return launch(silu_mul_kernel<T>, grid, kThreads, 0, stream, o, g, width);
 }
 
 }  // namespace

@@ -1,67 +1,94 @@
-"""linear for a few rows on CUDA: the weight streams through once. See skinny.cu.
+"""linear for a decode step's rows on Hopper: the weight streams through once. See stream.cu.
 
-cuBLAS reads large weights at the speed of memory, but those of q/k/v, o and down at two thirds of
-it; this kernel comes nearer, as long as x is small beside the weight. It can carry the LoRA shrink
-of the same x, which then costs no launch.
+The kernel asks for its weight before the kernel in front of it has ended, so that in a line of
+launches the memory never rests; cuBLAS begins each product anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import Structure, byref, c_int, c_void_p, cast, pointer
 from functools import cache
 
 import torch
 
 from lorafleet.kernels.build import bind
 
-MAX_ROWS = 32
-_BEST_ROWS = 8
-# Where it beats cuBLAS on an H200: docs/benchmarks.md.
-_MAX_OUTS = 32768
+MAX_ROWS = 64
+_TILE_ROWS = 128  # of the weight, as stream.cu cuts it
+_MAX_OUTS = 1 << 20
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernel can serve this product."""
+    outs, wide = weight.shape
     return (
         x.is_cuda
         and 1 <= len(x) <= MAX_ROWS
         and x.dtype in (torch.float16, torch.bfloat16)
-        and weight.shape[1] % 8 == 0
+        and wide % 8 == 0
+        and outs % 8 == 0
+        and outs <= _MAX_OUTS
+        and _device(x.device).major >= 9
     )
-
-
-def pays(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether it is the faster way."""
-    return len(x) <= _BEST_ROWS and weight.shape[0] <= _MAX_OUTS and supports(x, weight)
 
 
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    shrink: tuple[int | None, ...] = (None, None, None, 0, None, 0, 0),
+    shrink: Structure | None = None,
 ) -> torch.Tensor:
-    """x [rows, in] @ weight [out, in]^T + bias.
+    """x [rows, in] @ weight [out, in]^T + bias, for what `supports`; launches must not overlap.
 
-    `shrink`: partial sums, arena, table, the table's row stride, row_slots, capacity and splits of
-    `lora.cuda.shrink`, tensors as addresses; the partial sums are written by the same launch.
+    `shrink`: what some warps compute of the same x, as lora.cuda describes it to the kernel.
     """
     outs, wide = weight.shape
-    y = x.new_empty(len(x), outs)
     assert x.is_contiguous()
     assert weight.is_contiguous()
-    _entry()(
-        int(x.dtype == torch.float16), y.data_ptr(), x.data_ptr(), weight.data_ptr(),
-        None if bias is None else bias.data_ptr(), len(x), outs, wide, *shrink,
-        torch.cuda.current_stream().cuda_stream,
+    y = x.new_empty(len(x), outs)
+    # Each block leaves at most two parts of tiles to others; rows come in 16, 32 or 64.
+    rows = max(16, 1 << (len(x) - 1).bit_length())
+    num_blocks = _device(x.device).multi_processor_count
+    partial = x.new_empty(2 * num_blocks, _TILE_ROWS * rows, dtype=torch.float32)
+    given = _Arguments(
+        y.data_ptr(), x.data_ptr(), weight.data_ptr(),
+        None if bias is None else bias.data_ptr(), len(x), outs, wide, partial.data_ptr(),
+        _arrived(x.device).data_ptr(), None if shrink is None else cast(pointer(shrink), c_void_p),
     )  # fmt: skip
+    is_half = int(x.dtype == torch.float16)
+    _entry()(is_half, byref(given), torch.cuda.current_stream().cuda_stream)
     return y
+
+
+class _Arguments(Structure):
+    """`Arguments` of stream.cu."""
+
+    _fields_ = (
+        ("y", c_void_p),
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("rows", c_int),
+        ("outs", c_int),
+        ("wide", c_int),
+        ("partial", c_void_p),
+        ("arrived", c_void_p),
+        ("shrink", c_void_p),
+    )
+
+
+@cache
+def _device(device: torch.device) -> torch._C._CudaDeviceProperties:
+    return torch.cuda.get_device_properties(device)
+
+
+@cache
+def _arrived(device: torch.device) -> torch.Tensor:
+    """The tiles' counters, zero between launches."""
+    return torch.zeros(_MAX_OUTS // _TILE_ROWS, dtype=torch.int32, device=device)
 
 
 @cache
 def _entry() -> Callable[..., None]:
-    return bind(
-        "lorafleet_skinny_linear", c_int, *[c_void_p] * 4, *[c_int] * 3, *[c_void_p] * 3, c_int64,
-        c_void_p, c_int, c_int, c_void_p,
-    )  # fmt: skip
+    return bind("lorafleet_stream_linear", c_int, c_void_p, c_void_p)

@@ -41,6 +41,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if weight.is_mkldnn:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y
-    if cuda.pays(x, weight):
+    if cuda.supports(x, weight):
         return cuda.linear(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -1,12 +1,14 @@
-"""The LoRA op on CUDA: shrink to float32 partial sums, then expand and add. See lora.cu.
+"""The LoRA op on CUDA: shrink to float32 partial sums, then expand and add.
 
-Two forms. The decode form finds everything on the device, so that one captured graph serves every
-mix of adapters: `shrink` may run on another stream beside the base product, `expand_` follows both.
-The prefill form takes long segments, cut into tiles by the host.
+Two forms. The decode form (decode.cu) finds everything on the device, so that one captured graph
+serves every mix of adapters. The prefill form (prefill.cu) takes long segments, cut into tiles by
+the host.
 
 Arguments:
     x          [num_tokens, in_local], y [num_tokens, sum(out_splits)]: fp16 or bf16, contiguous.
-    row_slots  int32 [num_tokens]; equal slots side by side share the loads of their weights.
+    row_slots  int32 [num_tokens]; equal slots side by side share the loads of their weights. The
+               kernels may read them, and the table, before the kernel in front has ended: they are
+               written by something that another, ordinary operation has waited for.
     tiles      int32 [num_tiles, 3]: slot, first token, end; at most TILE_TOKENS tokens each.
     max_rank   at least the rank of every target of every slot in use, 1 .. 512.
 """
@@ -14,21 +16,20 @@ Arguments:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from ctypes import Structure, c_int, c_int64, c_void_p
+from ctypes import Structure, byref, c_int, c_int64, c_void_p
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from lorafleet.kernels.build import bind
-from lorafleet.kernels.linear import cuda as skinny
+from lorafleet.kernels.linear import cuda as stream
 from lorafleet.kernels.lora.weights import SiteWeights
 
 TILE_TOKENS = 64
-_RANK_TILE = 16  # ranks of one shrink block
-_MIN_SPLIT = 512  # features of x that a block reads at least
-_GUEST_BLOCKS = 64  # of a shrink that shares its launch: few, since the product needs the rest
-_WAVE_BLOCKS = 264  # two for each multiprocessor of the largest device
+_RANK_TILE = 16  # ranks of one shrink item
+_MIN_SPLIT = 512  # features of x that an item reads at least
+_WAVE_ITEMS = 264  # two for each multiprocessor of the largest device
 
 
 class Shrunk(NamedTuple):
@@ -40,16 +41,10 @@ class Shrunk(NamedTuple):
 
 def shrink(x: torch.Tensor, site: SiteWeights, row_slots: torch.Tensor, max_rank: int) -> Shrunk:
     """Decode form, first half: every token's x @ A^T of its slot. Tokens of slot 0 get nothing."""
-    num_tokens = len(x)
-    capacity = max_rank * len(site.out_splits)
-    splits = _splits(num_tokens * -(-capacity // _RANK_TILE), site.in_features)
-    partial = x.new_empty(splits, num_tokens, capacity, dtype=torch.float32)
-    _entry_shrink()(
-        _is_half(x), partial.data_ptr(), x.data_ptr(), site.arena.data_ptr(),
-        site.table.data_ptr(), site.table.stride(0), site.in_features, row_slots.data_ptr(),
-        num_tokens, capacity, splits, _stream(),
-    )  # fmt: skip
-    return Shrunk(partial, max_rank)
+    shrunk = _empty(x, site, max_rank)
+    work = _shrink_arguments(shrunk, site, row_slots)
+    _entry_shrink()(_is_half(x), x.data_ptr(), byref(work), _stream())
+    return shrunk
 
 
 def shrink_with_linear(
@@ -61,14 +56,8 @@ def shrink_with_linear(
     max_rank: int,
 ) -> tuple[torch.Tensor, Shrunk]:
     """x @ weight^T + bias, and `shrink`, in one launch; for what `linear.cuda.supports`."""
-    capacity = max_rank * len(site.out_splits)
-    splits = _splits(len(x) * -(-capacity // _RANK_TILE), site.in_features, _GUEST_BLOCKS)
-    partial = x.new_empty(splits, len(x), capacity, dtype=torch.float32)
-    addresses = (
-        partial.data_ptr(), site.arena.data_ptr(), site.table.data_ptr(), site.table.stride(0),
-        row_slots.data_ptr(), capacity, splits,
-    )  # fmt: skip
-    return skinny.linear(x, weight, bias, addresses), Shrunk(partial, max_rank)
+    shrunk = _empty(x, site, max_rank)
+    return stream.linear(x, weight, bias, _shrink_arguments(shrunk, site, row_slots)), shrunk
 
 
 def expand_(y: torch.Tensor, shrunk: Shrunk, site: SiteWeights, row_slots: torch.Tensor) -> None:
@@ -81,16 +70,37 @@ def expand_(y: torch.Tensor, shrunk: Shrunk, site: SiteWeights, row_slots: torch
     )  # fmt: skip
 
 
-class PendingArguments(Structure):
-    """`Pending` of expand.cuh."""
+class _Site(Structure):
+    """`Site` of site.cuh."""
 
     _fields_ = (
-        ("partial", c_void_p),
         ("arena", c_void_p),
         ("table", c_void_p),
         ("stride", c_int64),
         ("in_features", c_int),
         ("outs", c_int * 3),
+    )
+
+
+class _Shrink(Structure):
+    """`Shrink` of shrink.cuh."""
+
+    _fields_ = (
+        ("site", _Site),
+        ("row_slots", c_void_p),
+        ("partial", c_void_p),
+        ("num_tokens", c_int),
+        ("capacity", c_int),
+        ("splits", c_int),
+    )
+
+
+class PendingArguments(Structure):
+    """`Pending` of expand.cuh."""
+
+    _fields_ = (
+        ("partial", c_void_p),
+        ("site", _Site),
         ("row_slots", c_void_p),
         ("num_tokens", c_int),
         ("capacity", c_int),
@@ -104,40 +114,71 @@ def pending_arguments(
     """What `expand_` would add, for a kernel that adds it while it reads the product."""
     splits, num_tokens, capacity = shrunk.partial.shape
     return PendingArguments(
-        shrunk.partial.data_ptr(), site.arena.data_ptr(), site.table.data_ptr(),
-        site.table.stride(0), site.in_features, _outs(site), row_slots.data_ptr(), num_tokens,
+        shrunk.partial.data_ptr(), _site_arguments(site), row_slots.data_ptr(), num_tokens,
         capacity, splits,
     )  # fmt: skip
 
 
-def prefill_add_(
-    y: torch.Tensor, x: torch.Tensor, site: SiteWeights, tiles: torch.Tensor, max_rank: int
-) -> None:
-    """Prefill form: both halves over the tiles."""
+def _shrink_arguments(shrunk: Shrunk, site: SiteWeights, row_slots: torch.Tensor) -> _Shrink:
+    splits, num_tokens, capacity = shrunk.partial.shape
+    return _Shrink(
+        _site_arguments(site), row_slots.data_ptr(), shrunk.partial.data_ptr(), num_tokens,
+        capacity, splits,
+    )  # fmt: skip
+
+
+def _site_arguments(site: SiteWeights) -> _Site:
+    return _Site(
+        site.arena.data_ptr(), site.table.data_ptr(), site.table.stride(0), site.in_features,
+        _outs(site),
+    )  # fmt: skip
+
+
+def _empty(x: torch.Tensor, site: SiteWeights, max_rank: int) -> Shrunk:
+    num_tokens, capacity = len(x), max_rank * len(site.out_splits)
+    splits = _splits(num_tokens * -(-capacity // _RANK_TILE), site.in_features)
+    return Shrunk(x.new_empty(splits, num_tokens, capacity, dtype=torch.float32), max_rank)
+
+
+def prefill(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    site: SiteWeights,
+    tiles: torch.Tensor,
+    max_rank: int,
+) -> torch.Tensor:
+    """Prefill form: the update, on top of the bias; the tiles cover every token."""
     num_tokens, num_tiles = len(x), len(tiles)
     capacity = max_rank * len(site.out_splits)
     splits = _splits(num_tiles * -(-capacity // TILE_TOKENS), site.in_features)
     partial = x.new_empty(splits, num_tokens, capacity, dtype=torch.float32)
     h = x.new_empty(num_tokens, capacity)
+    y = x.new_empty(num_tokens, sum(site.out_splits))
     _entry_prefill()(
         _is_half(x), y.data_ptr(), h.data_ptr(), partial.data_ptr(), x.data_ptr(),
-        site.arena.data_ptr(), site.table.data_ptr(), site.table.stride(0), site.in_features,
-        *_outs(site), tiles.data_ptr(), num_tiles, num_tokens, capacity, splits, _stream(),
+        None if bias is None else bias.data_ptr(), site.arena.data_ptr(), site.table.data_ptr(),
+        site.table.stride(0), site.in_features, *_outs(site), tiles.data_ptr(), num_tiles,
+        num_tokens, capacity, splits, _stream(),
     )  # fmt: skip
+    return y
 
 
-def tiles_of(segments: Sequence[tuple[int, int, int]]) -> torch.Tensor:
-    """Segments (slot, start, stop) cut into tiles, on the host."""
+def tiles_of(segments: Sequence[tuple[int, int, int]], num_tokens: int) -> torch.Tensor:
+    """Segments (slot, start, stop), and what lies between as slot 0, cut into tiles on the host."""
+    whole, end = [], 0
+    for slot, start, stop in (*segments, (0, num_tokens, num_tokens)):
+        whole += [(0, end, start), (slot, start, stop)]
+        end = stop
     cut = [
         (slot, first, min(first + TILE_TOKENS, stop))
-        for slot, start, stop in segments
+        for slot, start, stop in whole
         for first in range(start, stop, TILE_TOKENS)
     ]
     return torch.tensor(cut, dtype=torch.int32)
 
 
-def _splits(num_blocks: int, in_features: int, wanted: int = _WAVE_BLOCKS) -> int:
-    return max(1, min(in_features // _MIN_SPLIT, -(-wanted // num_blocks)))
+def _splits(num_items: int, in_features: int) -> int:
+    return max(1, min(in_features // _MIN_SPLIT, -(-_WAVE_ITEMS // num_items)))
 
 
 def _outs(site: SiteWeights) -> tuple[int, ...]:
@@ -159,9 +200,7 @@ _SITE = (c_void_p, c_void_p, c_int64)  # arena, table, row stride
 
 @cache
 def _entry_shrink() -> Callable[..., None]:
-    return bind(
-        "lorafleet_lora_shrink", c_int, *_POINTERS, *_SITE, c_int, c_void_p, *[c_int] * 3, c_void_p
-    )
+    return bind("lorafleet_lora_shrink", c_int, *_POINTERS, c_void_p)
 
 
 @cache
@@ -175,6 +214,6 @@ def _entry_expand() -> Callable[..., None]:
 @cache
 def _entry_prefill() -> Callable[..., None]:
     return bind(
-        "lorafleet_lora_prefill", c_int, *_POINTERS, *_POINTERS, *_SITE, *[c_int] * 4, c_void_p,
+        "lorafleet_lora_prefill", c_int, *_POINTERS, *_POINTERS, c_void_p, *_SITE, *[c_int] * 4, c_void_p,
         *[c_int] * 4, c_void_p,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 // The decode expand of one warp, for a kernel of its own and for those that read its product next.
 #pragma once
 
-#include "shrink.cuh"
+#include "site.cuh"
 
 namespace lorafleet {
 
@@ -35,46 +35,53 @@ __device__ Part<T> part_at(const Site& site, const SiteRow& row, int output) {
   return {nullptr, 0, 0, 0};
 }
 
-// One warp, for `count` tokens of one slot from `token`: acc[j] += h[token + j] @ B over the 8
-// outputs from this lane's `offset` in the part. 16 ranks at a time, their B on its way before h.
-template <typename T, int kTokens>
-__device__ void expand_warp(float (&acc)[kTokens][8], const Pending& pending, const Part<T>& part,
-                            int token, int count, int offset, bool inside) {
-  constexpr int kRanks = 16, kHeld = (kTokens + 1) / 2;
+// Starts the way of the first ranks of B to the L2, each lane's 8 outputs from `offset`.
+template <typename T>
+__device__ void prefetch_part(const Part<T>& part, int offset) {
+  const int count = min(part.rank, 16);
+#pragma unroll 4
+  for (int r = 0; r < count; ++r)
+    prefetch(part.b + static_cast<int64_t>(r) * part.width + offset);
+}
+
+// B may be another warp's too, of a token with the same slot: it may stay in the L1.
+__device__ inline uint4 load_shared_rows(const void* address) {
+  return __ldg(static_cast<const uint4*>(address));
+}
+
+// One warp: acc += h[token] @ B over the 8 outputs from this lane's `offset` in the part, kRanks
+// ranks at a time, their B on its way before h. Lane l sums every fourth split of rank l % kRanks.
+template <typename T>
+__device__ void expand_warp(float (&acc)[kWide], const Pending& pending, const Part<T>& part,
+                            int token, int offset, bool inside) {
+  constexpr int kRanks = 8, kSplitLanes = 32 / kRanks;
   const int lane = threadIdx.x % 32;
+  const int64_t split_stride = static_cast<int64_t>(pending.num_tokens) * pending.capacity;
+#pragma unroll 1
   for (int r0 = 0; r0 < part.rank; r0 += kRanks) {
     uint4 rows[kRanks];
 #pragma unroll
     for (int i = 0; i < kRanks; ++i)
-      rows[i] = load_or_zero(part.b + static_cast<int64_t>(r0 + i) * part.width + offset,
-                             inside && r0 + i < part.rank);
-    float h[kHeld] = {};  // lane: rank r0 + lane % 16 of tokens lane / 16, lane / 16 + 2
+      rows[i] = inside && r0 + i < part.rank
+                    ? load_shared_rows(part.b + static_cast<int64_t>(r0 + i) * part.width + offset)
+                    : make_uint4(0, 0, 0, 0);
     const int rank = r0 + lane % kRanks;
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int j = 2 * i + lane / kRanks;
-      if (j < count && rank < part.rank) {
-        const float* at = pending.partial + part.h_start + rank +
-                          static_cast<int64_t>(token + j) * pending.capacity;
-#pragma unroll 8
-        for (int s = 0; s < pending.splits; ++s)
-          h[i] += at[static_cast<int64_t>(s) * pending.num_tokens * pending.capacity];
-      }
-      h[i] = rounded<T>(h[i]);
+    float h = 0.f;
+    if (rank < part.rank) {
+      const float* at = pending.partial + static_cast<int64_t>(token) * pending.capacity +
+                        part.h_start + rank;
+#pragma unroll 4
+      for (int s = lane / kRanks; s < pending.splits; s += kSplitLanes) h += at[s * split_stride];
     }
 #pragma unroll
-    for (int r = 0; r < kRanks; ++r) {
-      const uint32_t bits[4] = {rows[r].x, rows[r].y, rows[r].z, rows[r].w};
+    for (int other = kRanks; other < 32; other *= 2) h += __shfl_xor_sync(kFullWarp, h, other);
+    h = rounded<T>(h);
 #pragma unroll
-      for (int j = 0; j < kTokens; ++j) {
-        const float scale = __shfl_sync(kFullWarp, h[j / 2], j % 2 * kRanks + r);
+    for (int i = 0; i < kRanks; ++i) {
+      const float scale = __shfl_sync(kFullWarp, h, i);
+      const Vec<T> b = Vec<T>::unpack(rows[i]);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 pair = Pair<T>::unpack(bits[i]);
-          acc[j][2 * i] += scale * pair.x;
-          acc[j][2 * i + 1] += scale * pair.y;
-        }
-      }
+      for (int j = 0; j < kWide; ++j) acc[j] += scale * b.x[j];
     }
   }
 }

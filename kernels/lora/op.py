@@ -11,24 +11,22 @@ Arguments:
     x       [num_tokens, in_local], serving dtype; read.
     site    arena, table and rows of the site: SiteWeights.
     batch   which token has which slot: LoraBatch. Nothing is launched when it is empty.
-    shrunk  what `lora_begin` returned for the same x, site and batch.
 
-On CUDA the op has two halves, so that the first can run beside the base product: `lora_begin`,
-the product, `lora_add_`. Elsewhere, and for long segments, `lora_begin` does nothing. Where the
-second half is so short that its launch would cost more, `lora_product` leaves it to the operation
-that reads y next: see Pending.
+On CUDA the op has two halves. Of a decode step's product `lora_product` computes the first, on
+Hopper in the launch of the base product, and leaves the second to the operation that reads y next:
+see Pending.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple, Self
 
 import torch
 
-from lorafleet.kernels.linear import cuda as skinny
+from lorafleet.kernels.linear import cuda as stream
 from lorafleet.kernels.linear.op import linear
 from lorafleet.kernels.lora import cuda
 from lorafleet.kernels.lora.cuda import Shrunk
@@ -89,8 +87,8 @@ class LoraBatch:
 
     @cached_property
     def tiles(self) -> torch.Tensor:
-        """The segments as the prefill form of the CUDA kernels takes them, on the device."""
-        tiles = cuda.tiles_of(self.segments).pin_memory()
+        """All tokens as the prefill form of the CUDA kernels takes them, on the device."""
+        tiles = cuda.tiles_of(self.segments, len(self.row_slots)).pin_memory()
         return tiles.to(self.row_slots.device, non_blocking=True)
 
     @cached_property
@@ -140,47 +138,35 @@ def lora_product(
     batch: LoraBatch,
 ) -> tuple[torch.Tensor, Pending | None]:
     """x @ weight^T + bias, then `lora_add_` to it, or what of that is still pending."""
-    if site.has_kernels and batch.is_decode and not batch.is_empty and skinny.pays(x, weight):
-        y, shrunk = cuda.shrink_with_linear(x, weight, bias, site, batch.row_slots, batch.max_rank)
-        return y, Pending(shrunk, site, batch.row_slots)
-    begun = lora_begin(x, site, batch)
-    y = linear(x, weight, bias)
-    if begun is None:
+    if batch.is_empty or not site.has_kernels:
+        y = linear(x, weight, bias)
         lora_add_(y, x, site, batch)
         return y, None
-    _join(x.device)
-    return y, Pending(begun, site, batch.row_slots)
+    if not batch.is_decode:
+        y = cuda.prefill(x, bias, site, batch.tiles, batch.max_rank)
+        return y.addmm_(x, weight.t()), None
+    slots, max_rank = batch.row_slots, batch.max_rank
+    if stream.supports(x, weight):
+        y, shrunk = cuda.shrink_with_linear(x, weight, bias, site, slots, max_rank)
+    else:
+        shrunk = cuda.shrink(x, site, slots, max_rank)
+        y = linear(x, weight, bias)
+    return y, Pending(shrunk, site, slots)
 
 
-def lora_begin(x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> Shrunk | None:
-    """Starts the op's first half on a side stream, where it has one. See the module's docstring."""
-    if batch.is_empty or not (site.has_kernels and batch.is_decode):
-        return None
-    side = _side_stream(x.device)
-    side.wait_stream(torch.cuda.current_stream(x.device))
-    with torch.cuda.stream(side):
-        return cuda.shrink(x, site, batch.row_slots, batch.max_rank)
-
-
-def lora_add_(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    site: SiteWeights,
-    batch: LoraBatch,
-    shrunk: Shrunk | None = None,
-) -> None:
+def lora_add_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:
     """See the module's docstring."""
     if batch.is_empty:
         return
     assert x.shape[1] == site.in_features
     assert y.shape == (x.shape[0], sum(site.out_splits))
-    if shrunk is not None:
-        _join(x.device)
-        cuda.expand_(y, shrunk, site, batch.row_slots)
-    elif site.has_kernels:
-        cuda.prefill_add_(y, x, site, batch.tiles, batch.max_rank)
-    else:
+    if not site.has_kernels:
         _add_in_torch_(y, x, site, batch)
+    elif batch.is_decode:
+        shrunk = cuda.shrink(x, site, batch.row_slots, batch.max_rank)
+        cuda.expand_(y, shrunk, site, batch.row_slots)
+    else:
+        y += cuda.prefill(x, None, site, batch.tiles, batch.max_rank)
 
 
 def _add_in_torch_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:
@@ -231,12 +217,3 @@ def _padded(segments: Sequence[Segment], device: torch.device) -> PaddedRows | N
         torch.tensor(owners, device=device),
         tuple(slot for slot, _, _ in segments),
     )
-
-
-def _join(device: torch.device) -> None:
-    torch.cuda.current_stream(device).wait_stream(_side_stream(device))
-
-
-@lru_cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

@@ -20,7 +20,7 @@ ENTRIES = (
     "lorafleet_rms_norm",
     "lorafleet_rotary_and_store",
     "lorafleet_silu_mul",
-    "lorafleet_skinny_linear",
+    "lorafleet_stream_linear",
 )
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,12 +12,14 @@ from lorafleet.kernels.decode_attention.reference import decode_attention as ref
 from lorafleet.kernels.fused import cuda as fused_cuda
 from lorafleet.kernels.fused import reference as fused_reference
 from lorafleet.kernels.greedy.op import greedy
-from lorafleet.kernels.linear import cuda as skinny
-from lorafleet.kernels.lora.op import LoraBatch, Pending, lora_add_, lora_begin, lora_product
+from lorafleet.kernels.linear import cuda as stream
+from lorafleet.kernels.linear.op import linear
+from lorafleet.kernels.lora.op import LoraBatch, Pending, lora_add_, lora_product
 from lorafleet.kernels.lora.weights import SiteWeights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
+NO_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9
 DTYPES = [torch.bfloat16, torch.float16]
 MIXED_RANKS = [(8, 8, 8), (1, 0, 0), (0, 4, 64), (16, 3, 5), (33, 33, 33), (512, 128, 1)]
 
@@ -97,7 +99,7 @@ def check(site: Site, slots: Sequence[int], dtype: torch.dtype) -> None:
     before = torch.randn(len(slots), sum(site.outs), device="cuda").to(dtype)
     batch, y = batch_of(slots, site.max_rank), before.clone()
     poison()
-    lora_add_(y, x, site.weights, batch, lora_begin(x, site.weights, batch))
+    lora_add_(y, x, site.weights, batch)
     expected = site.expected(x, slots)
     base = torch.tensor([s == 0 for s in slots], device="cuda")
     assert torch.equal(y[base], before[base])
@@ -147,15 +149,19 @@ def test_lora_by_popularity(popularity: str, rank: int, dtype: torch.dtype) -> N
         check(Site(in_features, outs, ranks, dtype), slots, dtype)
 
 
+@pytest.mark.skipif(NO_HOPPER, reason="needs the copy engine of Hopper")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 8, 13, 32])
-@pytest.mark.parametrize(("wide", "outs"), [(64, 24), (512, 1000), (4096, 6144), (14336, 4096)])
-def test_skinny_linear(rows: int, wide: int, outs: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [1, 8, 13, 16, 32, 40, 64])
+@pytest.mark.parametrize(
+    ("wide", "outs"), [(64, 24), (72, 128), (512, 1000), (4096, 6144), (14336, 4096), (320, 40008)]
+)
+def test_stream_linear(rows: int, wide: int, outs: int, dtype: torch.dtype) -> None:
     x = torch.randn(rows, wide, device="cuda").to(dtype)
     weight = torch.randn(outs, wide, device="cuda").to(dtype)
+    assert stream.supports(x, weight)
     for bias in (None, torch.randn(outs, device="cuda").to(dtype)):
         poison()
-        found = [skinny.linear(x, weight, bias) for _ in range(3)]
+        found = [stream.linear(x, weight, bias) for _ in range(3)]
         expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
         assert (found[0].double() - expected).norm() <= 3e-3 * expected.norm()
         assert torch.equal(found[0], found[1])
@@ -163,7 +169,7 @@ def test_skinny_linear(rows: int, wide: int, outs: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("slots", [[1], [1, 2, 3, 4, 5, 6, 0], [3] * 6 + [0, 5]])
-def test_a_skinny_linear_carries_the_shrink(slots: list[int]) -> None:
+def test_a_product_and_what_is_pending_make_the_whole(slots: list[int]) -> None:
     site = Site(1024, (256, 128, 128), MIXED_RANKS, torch.bfloat16)
     x = torch.randn(len(slots), 1024, device="cuda").bfloat16()
     weight = torch.randn(512, 1024, device="cuda").bfloat16()
@@ -171,9 +177,40 @@ def test_a_skinny_linear_carries_the_shrink(slots: list[int]) -> None:
     found, pending = lora_product(x, weight, None, site.weights, batch)
     assert pending is not None
     pending.add_(found)
-    expected = skinny.linear(x, weight, None)
-    lora_add_(expected, x, site.weights, batch, lora_begin(x, site.weights, batch))
+    expected = linear(x, weight)
+    lora_add_(expected, x, site.weights, batch)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_a_line_of_launches_that_overlap_gives_what_single_ones_give(rows: int) -> None:
+    """Each kernel begins before the one in front of it has ended; nothing may be read too early."""
+    hidden, wide = 1024, 4096
+    up = torch.randn(2 * wide, hidden, device="cuda").bfloat16() / 32
+    down = torch.randn(hidden, wide, device="cuda").bfloat16() / 64
+    norm = torch.ones(hidden, device="cuda").bfloat16()
+    start = torch.randn(rows, hidden, device="cuda").bfloat16()
+
+    def run(pause: Callable[[], None]) -> torch.Tensor:
+        residual, x = start.clone(), start
+        for _ in range(12):
+            gate_up = linear(x, up)
+            pause()
+            product = linear(fused_cuda.silu_mul(gate_up), down)
+            pause()
+            x = fused_cuda.rms_norm(product, residual, norm, 1e-5)
+            pause()
+        return x
+
+    expected = run(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(lambda: None)
+    for _ in range(20):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, expected)
+        assert torch.equal(run(lambda: None), expected)
 
 
 @pytest.mark.parametrize("length", [1, 17, 64, 65, 1000, 8192])
@@ -190,7 +227,7 @@ def test_lora_in_a_captured_graph_serves_every_mix() -> None:
 
     def run() -> None:
         y.zero_()
-        lora_add_(y, x, site.weights, batch, lora_begin(x, site.weights, batch))
+        lora_add_(y, x, site.weights, batch)
 
     run()
     torch.cuda.synchronize()

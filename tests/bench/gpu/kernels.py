@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from lorafleet.kernels import timing
-from lorafleet.kernels.linear import cuda as skinny
-from lorafleet.kernels.lora.op import LoraBatch, lora_add_, lora_begin
+from lorafleet.kernels.linear import cuda as stream
+from lorafleet.kernels.lora.op import LoraBatch, lora_add_
 from lorafleet.kernels.lora.weights import SiteWeights
 
 DTYPE = torch.bfloat16
@@ -66,8 +66,8 @@ def _products(
     x: torch.Tensor, weights: list[torch.Tensor], bandwidth: float
 ) -> list[dict[str, object]]:
     ways: dict[str, Callable[..., torch.Tensor]] = {"cublas": F.linear}
-    if skinny.supports(x, weights[0]):
-        ways["skinny"] = skinny.linear
+    if stream.supports(x, weights[0]):
+        ways["stream"] = stream.linear
     rows: list[dict[str, object]] = []
     for way, multiply in ways.items():
         run = partial(_multiply_all, multiply, x, weights)
@@ -120,5 +120,4 @@ def _case(wide: int, outs: tuple[int, ...], rank: int, slots: list[int]) -> _Cas
 
 def _run_all(cases: list[_Case]) -> None:
     for case in cases:
-        shrunk = lora_begin(case.x, case.weights, case.batch)
-        lora_add_(case.y, case.x, case.weights, case.batch, shrunk)
+        lora_add_(case.y, case.x, case.weights, case.batch)

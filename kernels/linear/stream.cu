@@ -1,0 +1,334 @@
+// y = x W^T for up to 64 rows of x: contract in cuda.py. W streams through shared memory once.
+//
+// The product is cut into units of 128 rows of W by 64 columns, and the units, tile by tile, into
+// one run of equal length for each multiprocessor (Stream-K, Osama 2023), so that all of them read
+// W all the time. A block's warps have roles: some multiply, W as the row operand of the tensor
+// cores and x as the column operand; one keeps the copy engine busy, kStages units ahead; some may
+// compute the LoRA shrink of the same x. W needs nothing from the kernel before, so a block asks for
+// the first units of its run before it waits for x.
+//
+// Tiles that several blocks share meet through float32 partials; the block that comes last adds
+// them, in the order of the blocks.
+#include "../lora/shrink.cuh"
+#include "copy_engine.cuh"
+
+#include <algorithm>
+#include <type_traits>
+
+namespace lorafleet {
+
+// What a launch is given, in bytes that ctypes knows; cuda.py has the same structure.
+struct Arguments {
+  void* y;
+  const void *x, *w, *bias;
+  int rows, outs, wide;
+  float* partial;
+  int* arrived;
+  const Shrink* shrink;  // or null
+};
+
+namespace {
+
+constexpr int kTileRows = 128;
+constexpr int kUnitColumns = 64;
+constexpr int kRowWarps = kTileRows / 32;  // a warp takes 32 rows of W
+
+constexpr int kShrinkWarps = 4;
+
+template <int kTokens>
+struct Plan {
+  // Of shared memory: more than half of a multiprocessor's, since two blocks on one would leave
+  // another without; little enough for a block of the attention beside it.
+  static constexpr int kBlockBytes = 120 << 10;
+  static constexpr int kTokenGroups = kTokens > 32 ? 2 : 1;
+  static constexpr int kWarpTokens = kTokens / kTokenGroups;
+  static constexpr int kWarps = kRowWarps * kTokenGroups;  // that multiply; one more copies
+  static constexpr int kWeightBytes = kTileRows * 128, kInputBytes = kTokens * 128;
+  static constexpr int kStageBytes = kWeightBytes + kInputBytes;
+  static constexpr int kPad = 8;  // elements behind the 32 outputs of a token, against conflicts
+  static constexpr int kOutBytes = kWarps * 16 * (32 + kPad) * 2;
+  static constexpr int kStages = (kBlockBytes - 1024 - kOutBytes) / kStageBytes;
+  static constexpr int kSharedBytes = kBlockBytes;
+  static constexpr int kHeld = 2 * (kWarpTokens / 8) * 4;  // float32 sums of a thread
+};
+
+// How a weight is cut into units, and the units into runs.
+struct Cut {
+  int tiles, chunks, blocks;  // chunks: units of a tile
+};
+
+struct Problem {
+  int tokens, outs;
+  Cut cut;
+  float* partial;  // [blocks, 2, threads that multiply, kHeld]
+  int* arrived;    // [tiles], zero between launches
+};
+
+#if __CUDA_ARCH__ >= 900
+
+// The block's run [begin, end) of units, of all the units.
+struct Run {
+  int begin, end;
+};
+
+__device__ Run run_of(int block, const Cut& cut) {
+  const int64_t units = static_cast<int64_t>(cut.tiles) * cut.chunks;
+  return {static_cast<int>(units * block / cut.blocks),
+          static_cast<int>(units * (block + 1) / cut.blocks)};
+}
+
+__device__ int block_of(int unit, const Cut& cut) {
+  const int64_t units = static_cast<int64_t>(cut.tiles) * cut.chunks;
+  return static_cast<int>(((unit + int64_t{1}) * cut.blocks - 1) / units);
+}
+
+template <int kTokens>
+struct Stages {
+  unsigned char* bytes;  // kStages of W's box, then x's
+  uint64_t *full, *empty;
+
+  __device__ unsigned char* weights(int stage) const {
+    return bytes + stage * Plan<kTokens>::kStageBytes;
+  }
+  __device__ unsigned char* inputs(int stage) const {
+    return weights(stage) + Plan<kTokens>::kWeightBytes;
+  }
+};
+
+// One thread: every unit's boxes, as stages become free.
+template <int kTokens>
+__device__ void copy_units(const Stages<kTokens>& stages, const CUtensorMap* w_map,
+                           const CUtensorMap* x_map, const Run& run, int chunks) {
+  using P = Plan<kTokens>;
+  const auto copy_weights = [&](int i) {
+    const int unit = run.begin + i, stage = i % P::kStages;
+    expect_bytes(&stages.full[stage], P::kStageBytes);
+    copy_box(stages.weights(stage), w_map, unit % chunks * kUnitColumns, unit / chunks * kTileRows,
+             &stages.full[stage], kEvictFirst);
+  };
+  const auto copy_inputs = [&](int i) {
+    const int stage = i % P::kStages;
+    copy_box(stages.inputs(stage), x_map, (run.begin + i) % chunks * kUnitColumns, 0,
+             &stages.full[stage], kEvictLast);
+  };
+  const int count = run.end - run.begin, ahead = min(count, P::kStages);
+  for (int i = 0; i < ahead; ++i) copy_weights(i);
+  wait_for_inputs();
+  for (int i = 0; i < ahead; ++i) copy_inputs(i);
+  for (int i = ahead; i < count; ++i) {
+    wait(&stages.empty[i % P::kStages], (i / P::kStages - 1) % 2);
+    copy_weights(i);
+    copy_inputs(i);
+  }
+}
+
+// One warp: adds a unit's part to its 32 rows by kWarpTokens tokens.
+template <typename T, int kTokens>
+__device__ void multiply_unit(float (&sums)[2][Plan<kTokens>::kWarpTokens / 8][4],
+                              uint32_t weights, uint32_t inputs) {
+  constexpr int kPairs = Plan<kTokens>::kWarpTokens / 16;
+  const int lane = threadIdx.x % 32;
+  const int w_row = lane % 16, x_row = lane / 16 * 8 + lane % 8;
+#pragma unroll
+  for (int step = 0; step < kUnitColumns / 16; ++step) {
+    uint32_t w[2][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      load_matrices(w[half], weights + swizzled(16 * half + w_row, 2 * step + lane / 16));
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      uint32_t x[4];
+      load_matrices(x, inputs + swizzled(16 * pair + x_row, 2 * step + lane / 8 % 2));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        mma<T>(sums[half][2 * pair], w[half][0], w[half][1], w[half][2], w[half][3], x[0], x[1]);
+        mma<T>(sums[half][2 * pair + 1], w[half][0], w[half][1], w[half][2], w[half][3], x[2],
+               x[3]);
+      }
+    }
+  }
+}
+
+// Replaces `sums`, this block's part of a tile, by the whole tile's, in the block that comes last.
+template <int kTokens>
+__device__ bool gather(float (&sums)[Plan<kTokens>::kHeld], const Problem& problem, int tile,
+                       const Run& run) {
+  using P = Plan<kTokens>;
+  constexpr int kThreads = 32 * P::kWarps, kPieces = P::kHeld / 4;
+  __shared__ bool is_last;
+  // A block's part is its first if the run began inside of the tile, else its second.
+  const auto part_of = [&](int owner, bool began_inside) {
+    const int64_t index = 2 * owner + (began_inside ? 0 : 1);
+    return reinterpret_cast<float4*>(problem.partial) + index * kThreads * kPieces + threadIdx.x;
+  };
+  const Cut& cut = problem.cut;
+  const int first = tile * cut.chunks;
+  float4* mine = part_of(blockIdx.x, run.begin > first);
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i)
+    mine[i * kThreads] =
+        make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+  const int from = block_of(first, cut), to = block_of(first + cut.chunks - 1, cut);
+  __threadfence();
+  meet<P::kWarps>();
+  if (threadIdx.x == 0) {
+    is_last = atomicAdd(problem.arrived + tile, 1) == to - from;
+    if (is_last) problem.arrived[tile] = 0;  // as the next launch expects it
+  }
+  meet<P::kWarps>();
+  if (!is_last) return false;
+  __threadfence();
+#pragma unroll
+  for (int i = 0; i < P::kHeld; ++i) sums[i] = 0.f;
+#pragma unroll 4
+  for (int owner = from; owner <= to; ++owner) {
+    const float4* part = part_of(owner, run_of(owner, cut).begin > first);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const float4 added = __ldcg(part + i * kThreads);
+      sums[4 * i] += added.x;
+      sums[4 * i + 1] += added.y;
+      sums[4 * i + 2] += added.z;
+      sums[4 * i + 3] += added.w;
+    }
+  }
+  return true;
+}
+
+// One warp: rounds its 32 outputs by kWarpTokens tokens and writes them, 16 tokens at a time
+// through its part of shared memory.
+template <typename T, int kTokens>
+__device__ void store_tile(T* y, const T* bias, T* out, const float (&sums)[Plan<kTokens>::kHeld],
+                           const Problem& problem, int first_row, int first_token) {
+  using P = Plan<kTokens>;
+  constexpr int kStride = 32 + P::kPad, kTiles = P::kWarpTokens / 8;
+  const int lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
+#pragma unroll
+  for (int pair = 0; pair < kTiles; pair += 2) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int half = i / 8, tile = i / 4 % 2;
+      const int row = 16 * half + group + i % 4 / 2 * 8, token = 8 * tile + 2 * quad + i % 2;
+      float sum = sums[4 * (half * kTiles + pair + tile) + i % 4];
+      if (bias != nullptr && first_row + row < problem.outs)
+        sum += Pair<T>::widen(bias[first_row + row]);
+      out[token * kStride + row] = Pair<T>::round(sum);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      const int token = 8 * tile + group, row = 8 * quad, at = first_token + 8 * pair + token;
+      if (at < problem.tokens && first_row + row < problem.outs)
+        *reinterpret_cast<uint4*>(y + static_cast<int64_t>(at) * problem.outs + first_row + row) =
+            *reinterpret_cast<const uint4*>(out + token * kStride + row);
+    }
+    __syncwarp();
+  }
+}
+
+#endif
+
+// grid: at most one block a multiprocessor. Blocks have kShrinkWarps more warps where the launch
+// carries a shrink.
+template <typename T, int kTokens>
+__global__ void __launch_bounds__(32 * (Plan<kTokens>::kWarps + 1 + kShrinkWarps), 1)
+    stream_kernel(const __grid_constant__ CUtensorMap w_map,
+                  const __grid_constant__ CUtensorMap x_map, T* y, const T* bias, Problem problem,
+                  const T* x, Shrink shrink) {
+#if __CUDA_ARCH__ >= 900
+  using P = Plan<kTokens>;
+  extern __shared__ unsigned char unaligned[];
+  __shared__ __align__(8) uint64_t full[P::kStages], empty[P::kStages];
+  unsigned char* bytes = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
+  const Stages<kTokens> stages{bytes, full, empty};
+  const int warp = threadIdx.x / 32, chunks = problem.cut.chunks;
+  let_next_begin();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < P::kStages; ++i) {
+      init_barrier(&full[i], 1);
+      init_barrier(&empty[i], P::kWarps);
+    }
+    publish_barriers();
+  }
+  __syncthreads();
+  const Run run = run_of(blockIdx.x, problem.cut);
+  if (warp > P::kWarps) {
+    shrink_items<T, kShrinkWarps>(shrink, x, threadIdx.x - 32 * (P::kWarps + 1), blockIdx.x,
+                                  gridDim.x);
+    return;
+  }
+  if (warp == P::kWarps) {
+    if (threadIdx.x % 32 == 0) copy_units<kTokens>(stages, &w_map, &x_map, run, chunks);
+    return;
+  }
+  wait_for_inputs();
+  const int row = 32 * (warp % kRowWarps), first_token = warp / kRowWarps * P::kWarpTokens;
+  T* out = reinterpret_cast<T*>(bytes + P::kStages * P::kStageBytes) + warp * 16 * (32 + P::kPad);
+  int done = 0;  // units
+  for (int unit = run.begin; unit < run.end;) {
+    const int tile = unit / chunks, first = tile * chunks;
+    const int stop = min(run.end, first + chunks);
+    const bool is_shared = unit > first || stop < first + chunks;
+    float held[P::kHeld] = {};
+    auto& sums = reinterpret_cast<float(&)[2][P::kWarpTokens / 8][4]>(held);
+    for (; unit < stop; ++unit, ++done) {
+      const int stage = done % P::kStages;
+      wait(&full[stage], done / P::kStages % 2);
+      multiply_unit<T, kTokens>(sums, shared_address(stages.weights(stage)) + row * 128,
+                                shared_address(stages.inputs(stage)) + first_token * 128);
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) arrive(&empty[stage]);
+    }
+    if (is_shared && !gather<kTokens>(held, problem, tile, run)) continue;
+    store_tile<T, kTokens>(y, bias, out, held, problem, tile * kTileRows + row, first_token);
+  }
+#endif
+}
+
+constexpr int kMinUnits = 2;  // of a run: less is not worth a block's start
+
+Cut cut_of(int outs, int wide) {
+  static const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int tiles = (outs + kTileRows - 1) / kTileRows;
+  const int chunks = (wide + kUnitColumns - 1) / kUnitColumns;
+  return {tiles, chunks, std::max(1, std::min(processors, tiles * chunks / kMinUnits))};
+}
+
+template <typename T, int kTokens>
+int launch_stream(const Arguments& given, cudaStream_t stream) {
+  using P = Plan<kTokens>;
+  constexpr bool kIsHalf = std::is_same_v<T, __half>;
+  static const cudaError_t allowed =
+      cudaFuncSetAttribute(stream_kernel<T, kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           P::kSharedBytes);
+  if (allowed != cudaSuccess) return allowed;
+  CUtensorMap w_map, x_map;
+  int status = describe_matrix(&w_map, kIsHalf, given.w, given.outs, given.wide, kTileRows);
+  if (status == cudaSuccess)
+    status = describe_matrix(&x_map, kIsHalf, given.x, given.rows, given.wide, kTokens);
+  if (status != cudaSuccess) return status;
+  const Cut cut = cut_of(given.outs, given.wide);
+  const Problem problem{given.rows, given.outs, cut, given.partial, given.arrived};
+  const int warps = P::kWarps + 1 + (given.shrink != nullptr ? kShrinkWarps : 0);
+  return launch(stream_kernel<T, kTokens>, dim3(cut.blocks), 32 * warps, P::kSharedBytes, stream,
+                w_map, x_map, static_cast<T*>(given.y), static_cast<const T*>(given.bias), problem,
+                static_cast<const T*>(given.x), given.shrink != nullptr ? *given.shrink : Shrink{});
+}
+
+template <typename T>
+int stream_linear(const Arguments& given, cudaStream_t stream) {
+  if (given.rows <= 16) return launch_stream<T, 16>(given, stream);
+  if (given.rows <= 32) return launch_stream<T, 32>(given, stream);
+  if (given.rows <= 64) return launch_stream<T, 64>(given, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+}  // namespace lorafleet
+
+using namespace lorafleet;
+
+extern "C" int lorafleet_stream_linear(int is_half, const Arguments* given, cudaStream_t stream) {
+  return is_half ? stream_linear<__half>(*given, stream)
+                 : stream_linear<__nv_bfloat16>(*given, stream);
+}
