@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 
 from lorafleet.shard.worker import Launched
+from tests.bench.gpu.device import give_back_memory
 from tests.bench.gpu.engine import Engine
 from tests.bench.gpu.shapes import SHAPES
 
@@ -83,5 +84,5 @@ def capacity(name: str) -> list[Row]:
         rows.append({"model": name, "registered": count, "step_ms": step})
         print(rows[-1], flush=True)
         del engine
-        torch.cuda.empty_cache()
+        give_back_memory()
     return rows
