@@ -21,7 +21,7 @@ _TARGETS = {"q/v": ("q_proj", "v_proj"), "all-linear": ALL_LINEAR}
 def popularity(shape: Shape, requests: int = 384, batches: tuple[int, ...] = (32, 64)) -> list[Row]:
     """Every adapter on the device, rank 16 all-linear; steps while all rows are busy count."""
     bandwidth = copy_bandwidth()
-    engine = _engine(shape, max(batches), _MAX_TOKENS, requests, ALL_LINEAR)
+    engine = _engine(shape, max(batches), _MAX_TOKENS, requests)
     engine.load_adapters([RANK] * requests)
     rows: list[Row] = []
     for batch in batches:
@@ -32,7 +32,9 @@ def popularity(shape: Shape, requests: int = 384, batches: tuple[int, ...] = (32
             asked = punica_requests("identical" if law == "base" else law, requests, _MAX_TOKENS)
             if law == "base":
                 asked = [Request(0, each.prompt_tokens, each.output_tokens) for each in asked]
-            row = {"what": law, "batch": batch} | _busy(loop.run(asked), batch, shape, bandwidth)
+            row: Row = {"what": law, "batch": batch} | _busy(
+                loop.run(asked), batch, shape, bandwidth
+            )
             base = base or row
             row["retention"] = row["tokens_per_s"] / base["tokens_per_s"]
             row["step_retention"] = base["step_ms"] / row["step_ms"]
@@ -47,9 +49,7 @@ def _busy(steps: list[Step], batch: int, shape: Shape, bandwidth: float) -> Row:
     steps = steps[full:]
     times = seconds(steps)
     decodes = [
-        (time, step)
-        for time, step in zip(times, steps[1:], strict=True)
-        if not step.prompt_tokens
+        (time, step) for time, step in zip(times, steps[1:], strict=True) if not step.prompt_tokens
     ]
     floors = [
         shape.floor_ms(1, step.kv_tokens, step.adapters, RANK, bandwidth) for _, step in decodes
@@ -82,7 +82,7 @@ def over_adapters(
 ) -> list[Row]:
     """Seconds to generate `new_tokens` in `batch` rows over k adapters of rank 16 (E6)."""
     most = max(adapter_counts)
-    engine = _engine(shape, batch, _PROMPT_TOKENS + _OUTPUT_TOKENS, most, ALL_LINEAR)
+    engine = _engine(shape, batch, _PROMPT_TOKENS + _OUTPUT_TOKENS, most)
     loop = ClosedLoop(engine, batch, _PROMPT_TOKENS + _OUTPUT_TOKENS)
     rows: list[Row] = []
     for name, targets in _TARGETS.items():
@@ -113,9 +113,6 @@ def _round_robin(adapters: int) -> Iterator[Request]:
         number += 1
 
 
-def _engine(
-    shape: Shape, rows: int, max_tokens: int, adapters: int, targets: tuple[str, ...]
-) -> Engine:
-    # Blocks start at multiples of 256 bytes, so a small adapter takes more than its weights.
-    each = shape.adapter_bytes(RANK, targets) + shape.layers * len(targets) * 2 * 256
-    return Engine.build(shape, rows, max_tokens, adapters, adapters * each)
+def _engine(shape: Shape, rows: int, max_tokens: int, adapters: int) -> Engine:
+    arena = adapters * shape.packed_bytes(RANK)
+    return Engine.build(shape, rows, max_tokens, adapters, arena)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
 BYTES = 2  # of a bf16 value
+_BLOCK_ALIGNMENT = 256  # bytes
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
@@ -66,6 +67,11 @@ class Shape:
         """A and B of these linear layers, in every layer of the model."""
         sums = sum(sum(self.features(target)) for target in targets)
         return BYTES * rank * self.layers * sums
+
+    def packed_bytes(self, rank: int, targets: Sequence[str] = ALL_LINEAR) -> int:
+        """What an adapter takes on the device at most: its blocks start at multiples of 256."""
+        blocks = 2 * self.layers * len(targets)
+        return self.adapter_bytes(rank, targets) + blocks * _BLOCK_ALIGNMENT
 
     def features(self, target: str) -> tuple[int, int]:
         """What a projection takes and gives: in_features, out_features."""
