@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 import aiohttp
 
@@ -19,10 +18,13 @@ from tests.bench.gpu.streams import Load, connection
 
 # Random weights give near ties, which rounding in another batch may turn around.
 TIE_NATS = 0.25
+_LIKELY = 5  # tokens that may be tied
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class Pair:
+    """One request's tokens from a busy server, and alone."""
+
     ask: Ask
     busy: list[int]
     alone: list[int]
@@ -54,9 +56,9 @@ async def _check(server: Server, adapters: Sequence[str], load: Load, count: int
             alone = await target.send(asks[number])
             base = await target.send(Ask(BASE, asks[number].prompt, load.output_tokens))
             like_base += base.text == alone.text
-            pairs.append(_Pair(asks[number], _tokens(busy[number]), _tokens(alone)))
+            pairs.append(Pair(asks[number], _tokens(busy[number]), _tokens(alone)))
     different = [pair for pair in pairs if pair.busy != pair.alone]
-    margins = [await _margin(server, pair) for pair in different]
+    margins = [await margin(server, pair) for pair in different]
     wrong = sum(margin is None or margin > TIE_NATS for margin in margins)
     return {
         "what": "answers",
@@ -76,26 +78,27 @@ def _tokens(outcome: Outcome) -> list[int]:
     return token_ids(outcome.text)
 
 
-async def _margin(server: Server, pair: _Pair) -> float | None:
+async def margin(server: Server, pair: Pair) -> float | None:
     """By how many nats the two tokens differ after what both say; None when one is unlikely."""
     at = pair.common
     if at >= min(len(pair.busy), len(pair.alone)):
         return None
-    assert isinstance(pair.ask.prompt, list)
-    body = {
-        "model": pair.ask.adapter,
-        "prompt": pair.ask.prompt + pair.alone[:at],
-        "max_tokens": 1,
-        "temperature": 0,
-        "logprobs": 5,
-        "ignore_eos": True,
-    }
-    top = {token_ids(text)[0]: value for text, value in (await _top(server, body)).items()}
-    busy, alone = top.get(pair.busy[at]), top.get(pair.alone[at])
+    likely = await likely_tokens(server, pair.ask, pair.alone[:at])
+    busy, alone = likely.get(pair.busy[at]), likely.get(pair.alone[at])
     return None if busy is None or alone is None else abs(busy - alone)
 
 
-async def _top(server: Server, body: dict[str, Any]) -> dict[str, float]:
+async def likely_tokens(server: Server, ask: Ask, said: list[int]) -> dict[int, float]:
+    """The log-probabilities of the likeliest tokens after a prompt and what was said."""
+    assert isinstance(ask.prompt, list)
+    body = {
+        "model": ask.adapter,
+        "prompt": ask.prompt + said,
+        "max_tokens": 1,
+        "temperature": 0,
+        "logprobs": _LIKELY,
+        "ignore_eos": True,
+    }
     async with (
         aiohttp.ClientSession() as session,
         session.post(f"{server.url}/v1/completions", json=body) as response,
@@ -103,4 +106,4 @@ async def _top(server: Server, body: dict[str, Any]) -> dict[str, float]:
         response.raise_for_status()
         choice = (await response.json())["choices"][0]
     top: dict[str, float] = choice["logprobs"]["top_logprobs"][0]
-    return top
+    return {token_ids(text)[0]: value for text, value in top.items()}

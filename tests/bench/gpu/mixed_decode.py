@@ -13,23 +13,27 @@ from tests.bench.gpu.reports import Row
 from tests.bench.gpu.shapes import ALL_LINEAR, Shape
 
 RANK = 16
-_MAX_TOKENS = 256  # of a request under the popularities
 _PROMPT_TOKENS, _OUTPUT_TOKENS = 64, 128  # of a request over k adapters
 _TARGETS = {"q/v": ("q_proj", "v_proj"), "all-linear": ALL_LINEAR}
 
 
-def popularity(shape: Shape, requests: int = 384, batches: tuple[int, ...] = (32, 64)) -> list[Row]:
+def popularity(
+    shape: Shape,
+    requests: int = 384,
+    batches: tuple[int, ...] = (32, 64),
+    max_tokens: int = 256,
+) -> list[Row]:
     """Every adapter on the device, rank 16 all-linear; steps while all rows are busy count."""
     bandwidth = copy_bandwidth()
-    engine = _engine(shape, max(batches), _MAX_TOKENS, requests)
+    engine = _engine(shape, max(batches), max_tokens, requests)
     engine.load_adapters([RANK] * requests)
     rows: list[Row] = []
     for batch in batches:
-        loop = ClosedLoop(engine, batch, _MAX_TOKENS)
-        loop.run(punica_requests("distinct", requests, _MAX_TOKENS), 4 * batch)  # warms up
+        loop = ClosedLoop(engine, batch, max_tokens)
+        loop.run(punica_requests("distinct", requests, max_tokens), 4 * batch)  # warms up
         base: Row = {}
         for law in ("base", *LAWS):
-            asked = punica_requests("identical" if law == "base" else law, requests, _MAX_TOKENS)
+            asked = punica_requests("identical" if law == "base" else law, requests, max_tokens)
             if law == "base":
                 asked = [Request(0, each.prompt_tokens, each.output_tokens) for each in asked]
             row: Row = {"what": law, "batch": batch} | _busy(

@@ -35,9 +35,8 @@ class Plan:
 
 
 def over_http(shape: Shape, out: Path, plan: Plan = Plan()) -> list[Row]:
-    """Base only, one shared adapter and many, at the same load, on one server.
+    """Start-up, then `measure_server` of a server of random weights and adapters.
 
-    `out` may hold the engine's own report of this shape, for the share of it that arrives.
     Prefix caching is off: an answer that is asked for again must be computed again.
     """
     names = [f"a{i}" for i in range(plan.adapters)]
@@ -45,19 +44,31 @@ def over_http(shape: Shape, out: Path, plan: Plan = Plan()) -> list[Row]:
         write_adapters(shape, Path(folder, "adapters"), names, RANK)
         with running_server(shape, Path(folder), ["--no-prefix-caching"]) as server:
             print(f"{shape.name} ready after {server.start_seconds:.1f} s", flush=True)
-            rows: list[Row] = [{"what": "start-up", "seconds": server.start_seconds}]
-            _warm_up(server, [BASE, *names], plan.load)
-            mixed = f"{plan.adapters} adapters r{RANK}"
-            for what, adapters in (
-                ("base", [BASE]), (f"one shared r{RANK}", names[:1]), (mixed, names),
-            ):  # fmt: skip
-                asks = plan.load.asks(adapters, shape.vocab_size, seed=len(rows))
-                outcomes = send(server.url, server.model, asks, plan.load.streams)
-                row = describe(what, plan.load, outcomes)
-                rows.append(row | _beside(row, rows, shape, out))
-                print(line(shape.name, row), flush=True)
-            rows.append(check_answers(server, names, plan.load, plan.checked))
-            print(rows[-1], flush=True)
+            start: Row = {"what": "start-up", "seconds": server.start_seconds}
+            return [start, *measure_server(server, names, shape, out, plan)]
+
+
+def measure_server(
+    server: Server, names: Sequence[str], shape: Shape, out: Path, plan: Plan
+) -> list[Row]:
+    """Base only, one shared adapter and all of them, at the same load; then answers alone.
+
+    `out` may hold the engine's own report of this shape, for the share of it that arrives.
+    """
+    rows: list[Row] = []
+    _warm_up(server, [BASE, *names], plan.load)
+    for what, adapters in (
+        ("base", [BASE]),
+        (f"one shared r{RANK}", names[:1]),
+        (f"{len(names)} adapters r{RANK}", names),
+    ):
+        asks = plan.load.asks(adapters, shape.vocab_size, seed=1 + len(rows))
+        outcomes = send(server.url, server.model, asks, plan.load.streams)
+        row = describe(what, plan.load, outcomes)
+        rows.append(row | _beside(row, rows, shape, out))
+        print(line(shape.name, row), flush=True)
+    rows.append(check_answers(server, names, plan.load, plan.checked))
+    print(rows[-1], flush=True)
     return rows
 
 
