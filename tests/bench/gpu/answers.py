@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import aiohttp
@@ -19,6 +19,8 @@ from tests.bench.gpu.streams import Load, connection
 # Random weights give near ties, which rounding in another batch may turn around.
 TIE_NATS = 0.25
 _LIKELY = 5  # tokens that may be tied
+_COMPARED = 64  # tokens of an answer that are generated again, alone
+_OF_BASE = 8  # tokens of the base model's answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,11 @@ async def _check(server: Server, adapters: Sequence[str], load: Load, count: int
         busy = await asyncio.gather(*map(target.send, asks))
         pairs, like_base = [], 0
         for number in sampled:
-            alone = await target.send(asks[number])
-            base = await target.send(Ask(BASE, asks[number].prompt, load.output_tokens))
-            like_base += base.text == alone.text
-            pairs.append(Pair(asks[number], _tokens(busy[number]), _tokens(alone)))
+            ask = replace(asks[number], output_tokens=min(load.output_tokens, _COMPARED))
+            alone = _tokens(await target.send(ask))
+            base = _tokens(await target.send(replace(ask, adapter=BASE, output_tokens=_OF_BASE)))
+            like_base += base == alone[:_OF_BASE]
+            pairs.append(Pair(ask, _tokens(busy[number])[: len(alone)], alone))
     different = [pair for pair in pairs if pair.busy != pair.alone]
     margins = [await margin(server, pair) for pair in different]
     wrong = sum(margin is None or margin > TIE_NATS for margin in margins)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tests.bench.gpu.closed_loop import ClosedLoop, Step, seconds
 from tests.bench.gpu.device import copy_bandwidth
@@ -19,7 +20,7 @@ _TARGETS = {"q/v": ("q_proj", "v_proj"), "all-linear": ALL_LINEAR}
 
 def popularity(
     shape: Shape,
-    requests: int = 384,
+    requests: int = 256,
     batches: tuple[int, ...] = (32, 64),
     max_tokens: int = 256,
 ) -> list[Row]:
@@ -33,18 +34,22 @@ def popularity(
         loop.run(punica_requests("distinct", requests, max_tokens), 4 * batch)  # warms up
         base: Row = {}
         for law in ("base", *LAWS):
-            asked = punica_requests("identical" if law == "base" else law, requests, max_tokens)
-            if law == "base":
-                asked = [Request(0, each.prompt_tokens, each.output_tokens) for each in asked]
-            row: Row = {"what": law, "batch": batch} | _busy(
-                loop.run(asked), batch, shape, bandwidth
-            )
+            steps = loop.run(_asked(law, requests, max_tokens))
+            row: Row = {"what": law, "batch": batch, **_busy(steps, batch, shape, bandwidth)}
             base = base or row
             row["retention"] = row["tokens_per_s"] / base["tokens_per_s"]
             row["step_retention"] = base["step_ms"] / row["step_ms"]
             rows.append(row)
             print(_popularity_line(shape, row), flush=True)
     return rows
+
+
+def _asked(law: str, requests: int, max_tokens: int) -> list[Request]:
+    """The requests of a law; of "base", the same without adapters."""
+    if law != "base":
+        return punica_requests(law, requests, max_tokens)
+    asked = punica_requests("identical", requests, max_tokens)
+    return [replace(request, adapter=0) for request in asked]
 
 
 def _busy(steps: list[Step], batch: int, shape: Shape, bandwidth: float) -> Row:
