@@ -5,8 +5,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PORT ?= 8080
 BENCH ?= peft demo router
 GPU_OUT ?= build/gpu/out
-GPU_PARTS ?= tests linears lora decode prefill transfers capacity
+GPU_PARTS ?= tests linears lora decode prefill transfers capacity http e6 popularity tiers peers
 GPU_SHAPES ?= llama-8b mistral-7b
+GPU_FLAGS ?= --limit-seconds 480
 PYTEST ?= -n 2 --dist loadfile -q
 
 VENV := .venv
@@ -61,8 +62,9 @@ gpu: ## tests and benchmarks of this machine's CUDA device, into GPU_OUT; needs 
 	@rm -rf build/gpu/site && mkdir -p build/gpu/path $(GPU_OUT)
 	@$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --no-compile --target build/gpu/site .
 	@ln -sfn $(CURDIR)/tests build/gpu/path/tests
-	@PYTHONUNBUFFERED=1 PYTHONPATH="$(CURDIR)/build/gpu/site:$(CURDIR)/build/gpu/path:$$PYTHONPATH" \
-	  $(PYTHON) -P -m tests.bench.gpu --out $(GPU_OUT) $(addprefix --shape ,$(GPU_SHAPES)) $(GPU_PARTS) 2>&1 \
+	@export PYTHONUNBUFFERED=1 PYTHONPATH="$(CURDIR)/build/gpu/site:$(CURDIR)/build/gpu/path:$$PYTHONPATH"; \
+	  { $(PYTHON) -P -m tests.bench.gpu --out $(GPU_OUT) $(addprefix --shape ,$(GPU_SHAPES)) $(GPU_FLAGS) $(GPU_PARTS); \
+	    code=$$?; $(PYTHON) -P -m tests.bench.gpu.plots --out $(GPU_OUT); exit $$code; } 2>&1 \
 	  | tee $(GPU_OUT)/log.txt; exit $${PIPESTATUS[0]}
 
 fmt: setup ## sort imports, fix what can be fixed, format

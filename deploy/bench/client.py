@@ -64,6 +64,11 @@ class Target:
     async def send(self, ask: Ask) -> Outcome:
         """Sends one request and reads its answer to the end; failures are in the outcome."""
         outcome = Outcome(ask.adapter, time.perf_counter())
+        await self.fill(outcome, ask)
+        return outcome
+
+    async def fill(self, outcome: Outcome, ask: Ask) -> None:
+        """As `send`, for who reads the outcome while it grows, or cancels and keeps what came."""
         try:
             read = self._read_openai if self._api == "openai" else self._read_lorax
             async with self._session.post(self._url, json=self._body(ask)) as response:
@@ -76,7 +81,6 @@ class Target:
         except (aiohttp.ClientError, TimeoutError, ServerError, ValueError) as error:
             outcome.error = str(error) or type(error).__name__
         outcome.finished_at = time.perf_counter()
-        return outcome
 
     def _body(self, ask: Ask) -> dict[str, Any]:
         is_base = ask.adapter == BASE

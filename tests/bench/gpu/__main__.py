@@ -1,79 +1,83 @@
 """`python -m tests.bench.gpu --out DIR [PART ...]`: tests and benchmarks of one CUDA device.
 
-Parts: tests; linears, lora (kernels); decode, prefill (the engine's steps);
-transfers, capacity (adapters on the move, and many). `make gpu` installs the
-checkout beside and calls this. Each benchmark writes DIR/PART-SHAPE.json.
+Parts: tests; linears, lora (kernels); decode, prefill, popularity, e6 (the engine's steps);
+transfers, capacity (adapters on the move, and many); http, tiers (the whole service); peers
+(peft, and the server of --peer-url). decode, prefill and transfers run for every --shape, the
+others for the first. `make gpu` installs the checkout beside and calls this. Each part writes
+DIR/PART-SHAPE.json; a table of what DIR holds comes last.
 """
 
 from __future__ import annotations
 
-import gc
-import importlib.util
-import json
-import subprocess
-import sys
 import time
+import traceback
 from argparse import ArgumentParser
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from lorafleet.kernels import timing
-from tests.bench.gpu import kernels, step, tiers
-from tests.bench.gpu.shapes import SHAPES
-
-_TESTS = ("tests/kernels/test_cuda_ops.py", "tests/shard/test_cuda_step.py")
-_ROOT = Path(__file__).parents[3]
-
-
-def _tests(_: str) -> list[dict[str, object]]:
-    if importlib.util.find_spec("pytest") is None:
-        print("tests: skipped, pytest is not installed", flush=True)
-        return []
-    # Without the project's pytest plugins, which a GPU image need not have.
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", "."]
-    done = subprocess.run([*command, "-p", "no:cacheprovider", *_TESTS], cwd=_ROOT, check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    return [{"what": "tests", "passed": True}]
-
-
-PARTS: dict[str, Callable[[str], list[dict[str, object]]]] = {
-    "tests": _tests,
-    "linears": lambda shape: kernels.linears(),
-    "lora": lambda shape: kernels.lora(),
-    "decode": step.decode,
-    "prefill": step.prefill,
-    "transfers": tiers.transfers,
-    "capacity": tiers.capacity,
-}
+from tests.bench.gpu import device
+from tests.bench.gpu.parts import PARTS, Options
+from tests.bench.gpu.reports import Report, read_reports
+from tests.bench.gpu.shapes import SHAPES, Shape
+from tests.bench.gpu.table import print_table
 
 
 def main() -> None:
-    """Runs the parts that are named, all without names."""
+    """Runs the parts that are named, all without names; the code is 1 when one of them failed."""
     parser = ArgumentParser("python -m tests.bench.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shape", choices=SHAPES, action="append")
-    parser.add_argument("parts", nargs="*")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for part in arguments.parts or list(PARTS):
-        for shape in arguments.shape or ["llama-8b"]:
-            started = time.perf_counter()
-            rows = PARTS[part](shape)
-            gc.collect()
-            torch.cuda.empty_cache()
-            report = {
-                "part": part,
-                "shape": shape,
-                "device": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "copy_bandwidth": timing.copy_bandwidth(),
-                "seconds": time.perf_counter() - started,
-                "rows": rows,
-            }
-            (arguments.out / f"{part}-{shape}.json").write_text(json.dumps(report, indent=1))
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the reports")
+    add("--shape", choices=SHAPES, action="append", help="may be repeated (default: llama-8b)")
+    add(
+        "--e6-tokens", type=int, default=Options.e6_tokens, metavar="N",
+        help=f"tokens that e6 generates for each of its 8 cases (default: {Options.e6_tokens})",
+    )  # fmt: skip
+    add("--peer-url", default="", help="an OpenAI-compatible server to measure beside, in peers")
+    add(
+        "--limit-seconds", type=float, default=0, metavar="S",
+        help="start no part after S seconds; 0 = no limit (default)",
+    )  # fmt: skip
+    add("parts", nargs="*", choices=[*PARTS, []], help="(default: all)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    options = Options(args.out, args.e6_tokens, args.peer_url.rstrip("/"))
+    shapes = [SHAPES[name] for name in args.shape or ["llama-8b"]]
+    all_ran = _run_all(args.parts or list(PARTS), shapes, options, args.limit_seconds)
+    print_table(read_reports(args.out))
+    raise SystemExit(not all_ran)
+
+
+def _run_all(parts: list[str], shapes: list[Shape], options: Options, limit: float) -> bool:
+    started, all_ran = time.perf_counter(), True
+    for name in parts:
+        for shape in shapes if PARTS[name].per_shape else shapes[:1]:
+            if limit and time.perf_counter() - started > limit:
+                print(f"{name} {shape.name}: not started after {limit:.0f} s", flush=True)
+            else:
+                all_ran &= _run(name, shape, options)
+    print(f"all parts: {time.perf_counter() - started:.0f} s", flush=True)
+    return all_ran
+
+
+def _run(name: str, shape: Shape, options: Options) -> bool:
+    """Whether the part ended well; what it raises is the log's, and the next part's turn comes."""
+    print(f"--- {name} {shape.name}", flush=True)
+    started = time.perf_counter()
+    try:
+        rows = PARTS[name].run(shape, options)
+    except Exception:
+        traceback.print_exc()
+        return False
+    finally:
+        device.give_back_memory()
+        seconds = time.perf_counter() - started
+        print(f"--- {name} {shape.name}: {seconds:.1f} s", flush=True)
+    bandwidth = device.copy_bandwidth()
+    device.give_back_memory()
+    report = Report(name, shape.name, device.name(), torch.__version__, bandwidth, seconds, rows)
+    report.write(options.out)
+    return True
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -27,9 +28,8 @@ from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.streams import StepStream
 from lorafleet.shard.worker import FastPath, Launched, Worker
-from tests.bench.gpu.shapes import Shape
-
-DEVICE = torch.device("cuda")
+from tests.bench.gpu.device import DEVICE, ON_CUDA, synchronize
+from tests.bench.gpu.shapes import ALL_LINEAR, Shape
 
 
 @dataclass
@@ -42,11 +42,11 @@ class Engine:
     pool: KvPool
     tier: DeviceTier
     worker: Worker
-    graphs: DecodeGraphs
+    graphs: DecodeGraphs | None
     _step: int = 0
     _next_page: int = 0
     _arena_end: int = 0
-    _packed: dict[int, PackedAdapter] = field(default_factory=dict)
+    _packed: dict[tuple[int, tuple[str, ...]], PackedAdapter] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -66,9 +66,9 @@ class Engine:
         attention = None
         if FlashAttention.supports(decoder.dtype, DEVICE, shape.head_dim):
             attention = FlashAttention(pool, decoder.attention_kinds, shape.heads)
-        else:
+        elif ON_CUDA:
             print("FlashInfer is not installed: prompts attend in plain torch", flush=True)
-        graphs = DecodeGraphs(decoder, rows, pool)
+        graphs = DecodeGraphs(decoder, rows, pool) if DecodeGraphs.supports(decoder) else None
         # No adapter is fetched here: moves go to the tier directly.
         worker = Worker(
             decoder, rows, pool, tier, Mock(), answers=False, fast=FastPath(attention, graphs)
@@ -76,30 +76,34 @@ class Engine:
         return cls(shape, decoder, rows, pool, tier, worker, graphs)
 
     @torch.inference_mode()
-    def load_adapters(self, ranks: Sequence[int], first_slot: int = 1) -> list[int]:
-        """Binds random all-linear adapters of these ranks to slots from `first_slot` on."""
+    def load_adapters(
+        self, ranks: Sequence[int], first_slot: int = 1, targets: tuple[str, ...] = ALL_LINEAR
+    ) -> list[int]:
+        """Binds random adapters of these ranks to slots from `first_slot` on."""
         if first_slot == 1:
             self._arena_end = 0
         slots = list(range(first_slot, first_slot + len(ranks)))
         for slot, rank in zip(slots, ranks, strict=True):
-            packed = self.packed(rank)
+            packed = self.packed(rank, targets)
             self.tier.begin_move(packed, slot, self._arena_end)
             self._arena_end += packed.nbytes
         self.tier.wait_all()
-        torch.cuda.synchronize()
+        synchronize()
         self.tier.take_ready()
         return slots
 
-    def packed(self, rank: int) -> PackedAdapter:
-        """A random all-linear adapter in page-locked memory, made once per rank."""
-        if rank not in self._packed:
-            names = self.decoder.layout.targets()
+    def packed(self, rank: int, targets: tuple[str, ...] = ALL_LINEAR) -> PackedAdapter:
+        """A random adapter of these projections in page-locked memory, made once."""
+        key = (rank, targets)
+        if key not in self._packed:
+            modules = self.decoder.layout.targets()
+            names = [name for name in modules if name.rpartition(".")[2] in targets]
             form = plan_form(dict.fromkeys(names, rank), self.decoder.layout, 2)
-            packed = allocate(form, torch.bfloat16, pin=True)
+            packed = allocate(form, torch.bfloat16, pin=ON_CUDA)
             noise = torch.randn(packed.buffer.shape, device=DEVICE) * 0.01
             packed.buffer.copy_(noise.to(torch.bfloat16))
-            self._packed[rank] = packed
-        return self._packed[rank]
+            self._packed[key] = packed
+        return self._packed[key]
 
     def prefill(self, slots: Sequence[int], length: int, step_tokens: int = 4096) -> float:
         """Starts row i with slot slots[i] and a random prompt; returns the seconds it took."""
@@ -111,11 +115,11 @@ class Engine:
                 plan = StepPlan(0)
             self._add_prompt(plan, row, slot, length)
         plans.append(plan)
-        torch.cuda.synchronize()
+        synchronize()
         started = time.perf_counter()
         for each in plans:
-            self._finish(self.launch(each))
-        torch.cuda.synchronize()
+            self.finish(self.launch(each))
+        synchronize()
         return time.perf_counter() - started
 
     def _add_prompt(self, plan: StepPlan, row: int, slot: int, length: int) -> None:
@@ -160,16 +164,18 @@ class Engine:
         for position in range(context, context + steps):
             launched.append(self.launch(self.decode_plan(slots, position)))
             if len(launched) > 1:
-                self._finish(launched.popleft())
+                self.finish(launched.popleft())
                 times.append(time.perf_counter())
-        self._finish(launched.popleft())
+        self.finish(launched.popleft())
         gaps = [b - a for a, b in pairwise(times[8:])]
         return 1e3 * statistics.median(gaps)
 
     def replay_ms(self, slots: Sequence[int], repeats: int = 20) -> float:
-        """Milliseconds of the last decode step's graph alone, replayed back to back."""
-        rank = max(map(self.tier.rank, slots))
-        return timing.elapsed_ms(lambda: self.graphs.replay(len(slots), rank), repeats)
+        """Milliseconds of the last decode step's graph alone, back to back; NaN without graphs."""
+        graphs, rank = self.graphs, max(map(self.tier.rank, slots))
+        if graphs is None:
+            return math.nan
+        return timing.elapsed_ms(lambda: graphs.replay(len(slots), rank), repeats)
 
     def launch(self, plan: StepPlan) -> Launched:
         """Queues a plan as the next step."""
@@ -177,5 +183,6 @@ class Engine:
         plan.step = self._step
         return self.worker.launch(StepStream(), plan)
 
-    def _finish(self, launched: Launched) -> list[int]:
+    def finish(self, launched: Launched) -> list[int]:
+        """The tokens of a step, once it is done."""
         return self.worker.finish(launched).tokens

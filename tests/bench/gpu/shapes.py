@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
 BYTES = 2  # of a bf16 value
+_BLOCK_ALIGNMENT = 256  # bytes
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of 32 layers with 8 KV heads of 128, as Llama-3.1-8B and Mistral-7B are."""
+    """A decoder's sizes; by default 32 layers with 8 KV heads of 128, as Llama-3.1-8B has."""
 
     name: str
     vocab_size: int
@@ -59,14 +63,28 @@ class Shape:
         """Keys and values of `rows` sequences of `context` tokens."""
         return rows * context * 2 * self.layers * self._kv_width * BYTES
 
-    def adapter_bytes(self, rank: int) -> int:
-        """A and B of every linear layer."""
-        sums = (
-            2 * (self.hidden + self.hidden)
-            + 2 * (self.hidden + self._kv_width)
-            + 3 * (self.hidden + self.intermediate)
-        )
+    def adapter_bytes(self, rank: int, targets: Sequence[str] = ALL_LINEAR) -> int:
+        """A and B of these linear layers, in every layer of the model."""
+        sums = sum(sum(self.features(target)) for target in targets)
         return BYTES * rank * self.layers * sums
+
+    def packed_bytes(self, rank: int, targets: Sequence[str] = ALL_LINEAR) -> int:
+        """What an adapter takes on the device at most: its blocks start at multiples of 256."""
+        blocks = 2 * self.layers * len(targets)
+        return self.adapter_bytes(rank, targets) + blocks * _BLOCK_ALIGNMENT
+
+    def features(self, target: str) -> tuple[int, int]:
+        """What a projection takes and gives: in_features, out_features."""
+        heads = self.heads * self.head_dim
+        return {
+            "q_proj": (self.hidden, heads),
+            "k_proj": (self.hidden, self._kv_width),
+            "v_proj": (self.hidden, self._kv_width),
+            "o_proj": (heads, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }[target]
 
     def floor_ms(
         self, rows: int, context: int, adapters: int, rank: int, bandwidth: float
@@ -79,4 +97,6 @@ class Shape:
 SHAPES = {
     "llama-8b": Shape("llama-8b", 128256),
     "mistral-7b": Shape("mistral-7b", 32000),
+    # Small enough for a CPU, where it shows that a part runs and nothing about speed.
+    "llama-tiny": Shape("llama-tiny", 512, 64, 128, layers=2, heads=4, kv_heads=2, head_dim=16),
 }

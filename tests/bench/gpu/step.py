@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorafleet.kernels import timing
+from tests.bench.gpu.device import copy_bandwidth
 from tests.bench.gpu.engine import Engine
 from tests.bench.gpu.shapes import SHAPES
 
@@ -18,9 +18,10 @@ Row = dict[str, object]
 
 def decode(name: str) -> list[Row]:
     """Base only, B distinct adapters of rank 16 and 64, one shared, and mixed ranks."""
-    bandwidth = timing.copy_bandwidth()
-    engine = Engine.build(SHAPES[name], max_rows=64, max_len=_MAX_LEN, num_slots=64,
-                          arena_bytes=24 << 30)  # fmt: skip
+    bandwidth = copy_bandwidth()
+    shape = SHAPES[name]
+    engine = Engine.build(shape, max_rows=64, max_len=_MAX_LEN, num_slots=64,
+                          arena_bytes=64 * shape.packed_bytes(64))  # fmt: skip
     rows: list[Row] = []
     for rank in (16, 64):
         slots = engine.load_adapters([rank] * 64)
@@ -31,6 +32,9 @@ def decode(name: str) -> list[Row]:
                 rows.append(_measure(engine, "one shared r16", shared, 1, 16, bandwidth))
             distinct = slots[:batch]
             rows.append(_measure(engine, f"distinct r{rank}", distinct, batch, rank, bandwidth))
+        if rank == 16:
+            halves = sorted(slots[:32] * 2)  # what 64 streams over 32 adapters come to
+            rows.append(_measure(engine, "32 distinct r16", halves, 32, rank, bandwidth))
     rows += _rank_mix(engine, bandwidth)
     return rows
 
@@ -66,7 +70,9 @@ def _measure(
 
 def prefill(name: str) -> list[Row]:
     """8 prompts of 512 tokens in one step: 8 distinct rank-16 adapters against base only."""
-    engine = Engine.build(SHAPES[name], max_rows=8, max_len=1024, num_slots=8, arena_bytes=2 << 30)
+    shape = SHAPES[name]
+    engine = Engine.build(shape, max_rows=8, max_len=1024, num_slots=8,
+                          arena_bytes=8 * shape.packed_bytes(16))  # fmt: skip
     slots = engine.load_adapters([16] * 8)
     times: dict[str, list[float]] = {"base": [], "distinct r16": []}
     for _ in range(8):

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 
 from lorafleet.shard.worker import Launched
+from tests.bench.gpu.device import give_back_memory
 from tests.bench.gpu.engine import Engine
 from tests.bench.gpu.shapes import SHAPES
 
@@ -25,7 +26,7 @@ def transfers(name: str) -> list[Row]:
     """A rank-16 adapter from host memory every 8 steps, while 32 base rows decode (E12)."""
     engine = Engine.build(
         SHAPES[name], max_rows=_ROWS, max_len=CONTEXT + 3 * _STEPS, num_slots=16,
-        arena_bytes=2 << 30,
+        arena_bytes=17 * SHAPES[name].packed_bytes(16),
     )  # fmt: skip
     engine.packed(16)
     engine.prefill([0] * _ROWS, CONTEXT)
@@ -73,7 +74,7 @@ def capacity(name: str) -> list[Row]:
     for count in (5, 2000):
         engine = Engine.build(
             SHAPES[name], max_rows=_ROWS, max_len=1024, num_slots=count,
-            arena_bytes=(count + 1) * (44 << 20),
+            arena_bytes=count * SHAPES[name].packed_bytes(8),
         )  # fmt: skip
         slots = engine.load_adapters([8] * count)
         picked = [slots[i * count // 5] for i in range(5)]
@@ -83,5 +84,5 @@ def capacity(name: str) -> list[Row]:
         rows.append({"model": name, "registered": count, "step_ms": step})
         print(rows[-1], flush=True)
         del engine
-        torch.cuda.empty_cache()
+        give_back_memory()
     return rows
