@@ -9,7 +9,7 @@ from collections import deque
 from itertools import count
 
 from lorafleet.proto.messages import AdapterInfo, ShardInfo, StepPlan, Tier
-from lorafleet.router.adapter import Adapter, AdapterStatus
+from lorafleet.router.adapter import Adapter, AdapterPin, AdapterStatus
 from lorafleet.router.adapters import AdapterDirectory
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.errors import InvalidRequest, RequestError, ShardLost
@@ -76,14 +76,12 @@ class Engine:
         """Fetches the request's adapter, if it names one, and queues the request.
 
         Raises InvalidRequest for sizes this group cannot hold, AdapterError or Overloaded for what
-        an adapter's fetch can say, ShardLost.
+        an adapter's fetch can say, DeadlineExceeded, ShardLost.
         """
         submitted_at = time.monotonic()
         self._check_request(request)
         self._check_alive()
-        pin = None
-        if request.adapter is not None:
-            pin = await self._directory.acquire(request.adapter, request.api_token)
+        pin = await self._acquire(request)
         self._check_alive()
         adapter = pin.adapter if pin is not None else None
         sequence = Sequence(next(self._tickets), request, adapter, submitted_at)
@@ -92,6 +90,16 @@ class Engine:
         self._scheduler.submit(sequence)
         self._work.set()
         return generation
+
+    async def _acquire(self, request: GenerationRequest) -> AdapterPin | None:
+        if request.adapter is None:
+            return None
+        deadline = request.deadline
+        try:
+            async with asyncio.timeout_at(deadline.when):
+                return await self._directory.acquire(request.adapter, request.api_token)
+        except TimeoutError:
+            raise deadline.error() from None
 
     async def adapters(self) -> list[AdapterInfo]:
         """Adapters the shards can serve without a remote source. Raises ShardLost."""

@@ -9,6 +9,7 @@ RequestError
 │   ├── AdapterUnservable 422   the adapter is there and cannot be served: the sentence says why
 │   ├── SourceUnavailable 502   the source is down
 │   └── SourceTimeout 504       the source is too slow
+├── DeadlineExceeded 504        the request's own time is over
 ├── GenerationFailed 500        this sequence's computation went wrong
 └── ShardLost 503               the group died under the request
 """
@@ -84,6 +85,13 @@ class SourceTimeout(AdapterError):
 
     status = 504
     error_type = "adapter_source_timeout"
+
+
+class DeadlineExceeded(RequestError):
+    """The request was not done in the time it was given."""
+
+    status = 504
+    error_type = "timeout"
 
 
 class GenerationFailed(RequestError):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from lorafleet.proto.messages import AdapterKey
 from lorafleet.router.body import to_json
 from lorafleet.router.config import RouterConfig
+from lorafleet.router.deadline import Deadline, read_deadline
 from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, check_string
 from lorafleet.router.generation import Generation
@@ -47,6 +48,7 @@ class OpenAiCall:
     logprobs: bool
     stream: bool
     include_usage: bool
+    deadline: Deadline
     api_token: str = field(repr=False)
 
 
@@ -126,6 +128,7 @@ def read_call(
         logprobs=logprobs,
         stream=stream,
         include_usage=stream and options.boolean("include_usage"),
+        deadline=read_deadline(fields, config),
         api_token=read_api_token(fields, adapter, headers),
     )
 

@@ -141,6 +141,7 @@ def _requests(
             adapter=call.adapter,
             ignore_eos=call.ignore_eos,
             api_token=call.api_token,
+            deadline=call.deadline,
         )
         for index in range(call.best_of)
     ]

@@ -12,7 +12,7 @@ from aiohttp import ClientResponse
 
 from tests.fake_model import FIRST_TEXT_ID
 from tests.fakes import FakeConfig
-from tests.router.http_service import Running, parse_frames, serving
+from tests.router.http_service import Running, parse_frames, serving, until
 
 BODY = {"inputs": "hello", "parameters": {"max_new_tokens": 1000}}
 CHAT = {"model": "", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1000}
@@ -213,12 +213,6 @@ async def stream_text(service: Running, prompt: str) -> str:
     text = "".join(frame["token"]["text"] for frame in frames)
     assert text == frames[-1]["generated_text"]
     return text
-
-
-async def until(condition: Any) -> None:
-    """Lets the service go on until the condition holds; the test's own timeout is the limit."""
-    while not condition():  # noqa: ASYNC110  the service has no event for it
-        await asyncio.sleep(0.001)
 
 
 async def requests_total(service: Running, route: str, status: int) -> float:
