@@ -59,6 +59,11 @@ class SlotLedger:
             slot.is_kept = False
             self.room = self._largest_room()
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the arena that slots hold."""
+        return sum(self._arena.rounded(slot.nbytes) for slot in self._slots.values())
+
     def find(self, owner: Hashable) -> Slot | None:
         """The owner's slot, ready or not."""
         return self._bound.get(owner)

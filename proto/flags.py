@@ -122,8 +122,8 @@ def _add_flag(group: Any, f: Field[Any], hint: Any) -> None:
     options: dict[str, Any] = {"dest": f.name, "required": required}
     if get_origin(hint) is tuple:
         convert = get_args(hint)[0]
-        options["nargs"] = "*"
-        default = environ.split() if environ is not None else default
+        options |= {"nargs": "*", "action": _Collect}
+        default = tuple(environ.split()) if environ is not None else default
     elif environ is not None:
         default = environ
     if hint is bool:
@@ -140,6 +140,17 @@ def _add_flag(group: Any, f: Field[Any], hint: Any) -> None:
     group.add_argument(
         *names, help=help, default=None if default is MISSING else default, **options
     )
+
+
+class _Collect(argparse.Action):
+    """A list's values, whether its flag is given once with all of them or once for each."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
+    ) -> None:
+        so_far = getattr(namespace, self.dest, None)
+        given = so_far if isinstance(so_far, list) else []  # the default is a tuple
+        setattr(namespace, self.dest, [*given, *values])
 
 
 def _flag_name(f: Field[Any], prefix: str = "") -> str:

@@ -8,6 +8,7 @@ from json import dumps
 from typing import Any
 
 from lorafleet.proto.messages import AdapterKey, ShardInfo
+from lorafleet.router.aliases import Aliases
 from lorafleet.router.body import to_json
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.deadline import Deadline, read_deadline
@@ -91,6 +92,7 @@ def read_call(
     headers: Mapping[str, str],
     config: RouterConfig,
     info: ShardInfo,
+    aliases: Aliases,
     stream: bool | None = None,
 ) -> LoraxCall:
     """Checks a body; `stream` None takes the body's own flag. Raises InvalidRequest."""
@@ -102,7 +104,7 @@ def read_call(
     body.unsupported("tools")
     if fields.boolean("watermark"):
         raise InvalidRequest("`watermark` is not supported", "watermark")
-    adapter = read_adapter(fields.string("adapter_id", ""), "adapter_id", fields, config)
+    adapter = read_adapter(fields.string("adapter_id", ""), "adapter_id", fields, config, aliases)
     call = LoraxCall(
         inputs=inputs,
         stream=body.boolean("stream") if stream is None else stream,
