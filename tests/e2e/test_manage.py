@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from lorafleet.deploy.cli import main
 from tests.e2e.questions import Family
 from tests.e2e.service import Service, serve
 
@@ -94,16 +95,17 @@ async def _drop_while_running(service: Service, run: Any, name: str) -> None:
     assert (held[name]["tier"], held[name]["pinned"]) == ("disk", None)
 
 
-def test_check_gates_a_pipeline(family: Callable[[str], Family], tmp_path: Path) -> None:
+def test_check_gates_a_pipeline(
+    family: Callable[[str], Family], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = family("llama")
     config = tmp_path / "model"
     config.mkdir()
     (config / "config.json").write_bytes((made.model / "config.json").read_bytes())
     good = sorted(str(path) for path in made.adapter_root.iterdir())
     flags = (f"--model-id={config}", "--num-shard=2", "--json")
-    code, said = command("check", *good, *flags)
-    verdicts = json.loads(said[said.index("[") :])
-    assert code == 0, said
+    assert main(["adapters", "check", *good, *flags]) == 0
+    verdicts = json.loads(capsys.readouterr().out)
     assert {verdict["served"] for verdict in verdicts} == {True}
     assert {v["rank"] for v in verdicts if v["path"].endswith("r64-down")} == {64}
     bad = tmp_path / "bad"
@@ -112,7 +114,9 @@ def test_check_gates_a_pipeline(family: Callable[[str], Family], tmp_path: Path)
     (bad / "adapter_config.json").write_text(json.dumps(adapter))
     weights = (Path(good[0]) / "adapter_model.safetensors").read_bytes()
     (bad / "adapter_model.safetensors").write_bytes(weights)
-    code, said = command("check", good[0], str(bad), f"--model-id={config}")
-    assert code == 1
+    assert main(["adapters", "check", good[0], str(bad), f"--model-id={config}"]) == 1
+    said = capsys.readouterr().out
     assert "refused" in said
-    assert "use_dora is set, which is not served." in said
+    assert f"{bad}: use_dora is set, which is not served." in said
+    assert main(["adapters", "check", good[0], f"--model-id={tmp_path / 'nowhere'}"]) == 2
+    assert "--model-id" in capsys.readouterr().err
