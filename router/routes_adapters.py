@@ -49,19 +49,19 @@ async def load_adapter(request: web.Request) -> web.Response:
 
 @admin_only
 async def drop_adapter(request: web.Request) -> web.Response:
-    """DELETE /v1/adapters/{id}: waits for its requests, then frees every tier and its aliases.
+    """DELETE /v1/adapters/{id}: takes its aliases, waits for its requests, frees every tier.
 
     `adapter_source` and `revision` are query parameters; an alias may stand for all three.
     """
     service = request.app[SERVICE]
-    fields = Fields({"adapter_id": request.match_info["id"]} | dict(request.query))
+    fields = Fields(dict(request.query) | {"adapter_id": request.match_info["id"]})
     key = read_key(fields, "adapter_id", service.config, service.aliases)
     aliases = service.aliases.names_of(key)
     if not aliases and not await _is_known(service, key):
         raise AdapterNotFound(f"there is no adapter {key} here")
-    await service.engine.control.drop(key)
-    for alias in service.aliases.names_of(key):
+    for alias in aliases:
         service.aliases.remove(alias)
+    await service.engine.control.drop(key)
     return web.json_response(
         {"id": key.id, "object": "adapter", "deleted": True, "aliases": aliases}
     )

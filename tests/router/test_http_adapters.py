@@ -175,10 +175,13 @@ async def test_drop_waits_for_requests_and_the_next_one_loads_anew() -> None:
         running = asyncio.create_task(service.post("/generate", body))
         await until(lambda: service.engine.stats().running == 1)
         dropping = asyncio.create_task(delete(service, "/v1/adapters/prod"))
-        next_one = asyncio.create_task(service.generate("c", adapter_id="adapter-1"))
+        next_one = asyncio.create_task(
+            service.generate("c", adapter_id="adapter-1", max_new_tokens=2)
+        )
         await asyncio.sleep(0.05)
         assert not dropping.done()
         assert not next_one.done()
+        await service.json("/generate", body, status=404)  # the name went first
         status, answer = await dropping
         assert running.done() or (await running).status == 200
         assert (status, answer["deleted"], answer["aliases"]) == (200, True, ["prod"])
@@ -247,7 +250,7 @@ def test_without_a_key_only_this_machine_manages(
 async def test_no_token_is_told_anywhere(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     private = {"adapter_id": "private-1", "adapter_source": "hub", "api_token": SECRET}
-    headers = {"Authorization": f"Bearer {ADMIN}"}
+    headers: dict[str, Any] = {"Authorization": f"Bearer {ADMIN}"}
     async with serving(admin_api_key=ADMIN) as service:
         loaded = await service.json("/v1/adapters", private | {"alias": "own"}, **headers)
         body = {"inputs": "a", "parameters": {"adapter_id": "own", "api_token": SECRET}}
