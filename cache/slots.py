@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
 
 from lorafleet.cache.extents import ExtentLedger
@@ -19,23 +19,50 @@ class Slot:
     nbytes: int
     users: int = 0  # running rows
     is_ready: bool = False  # the copy into the arena has finished
+    is_kept: bool = False  # not evicted for another adapter
 
 
 class SlotLedger:
     """Slots 1 .. num_slots over an arena. Slots without users stay until their place is needed."""
 
-    def __init__(self, num_slots: int, arena_bytes: int, alignment: int) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        arena_bytes: int,
+        alignment: int,
+        on_evicted: Callable[[Hashable], None] = lambda _: None,
+    ) -> None:
+        """`on_evicted` hears of every owner that lost its slot to another."""
         self.num_slots = num_slots
+        self._on_evicted = on_evicted
         self.num_evictions = 0
         self._arena = ExtentLedger(arena_bytes, alignment)
         self._free = list(range(num_slots, 0, -1))
         self._slots: dict[int, Slot] = {}
         self._bound: OrderedDict[Hashable, Slot] = OrderedDict()  # least recently used first
+        # The largest adapter, in bytes, that finds a place once all but kept slots are evicted.
+        self.room = self._arena.capacity
 
     @property
     def capacity(self) -> int:
         """The largest adapter the arena can hold, in bytes."""
         return self._arena.capacity
+
+    def keep(self, owner: Hashable) -> None:
+        """The owner's slot is not evicted until `unkeep`; it must have one."""
+        self._bound[owner].is_kept = True
+        self.room = self._largest_room()
+
+    def unkeep(self, owner: Hashable) -> None:
+        """The owner's slot, if it has one, may be evicted again."""
+        if slot := self._bound.get(owner):
+            slot.is_kept = False
+            self.room = self._largest_room()
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the arena that slots hold."""
+        return sum(self._arena.rounded(slot.nbytes) for slot in self._slots.values())
 
     def find(self, owner: Hashable) -> Slot | None:
         """The owner's slot, ready or not."""
@@ -44,8 +71,9 @@ class SlotLedger:
     def bind(self, owner: Hashable, nbytes: int, wanted: Collection[int]) -> Slot | None:
         """A new slot for an owner that has none, not ready yet.
 
-        Evicts, least recently used first, slots that are ready, unused and not in `wanted`; more
-        than one if the arena is fragmented. None, and nothing evicted, if that is not enough.
+        Evicts, least recently used first, slots that are ready, unused, not kept and not in
+        `wanted`; more than one if the arena is fragmented. None, and nothing evicted, if that is
+        not enough.
         """
         victims = self._victims(nbytes, wanted)
         if victims is None:
@@ -53,6 +81,7 @@ class SlotLedger:
         for victim in victims:
             self.num_evictions += 1
             self.unbind(victim.owner)
+            self._on_evicted(victim.owner)
         offset = self._arena.take(nbytes)
         assert offset is not None
         slot = Slot(self._free.pop(), owner, offset, nbytes)
@@ -68,6 +97,8 @@ class SlotLedger:
             del self._slots[slot.number]
             self._free.append(slot.number)
             self._arena.give(slot.offset, slot.nbytes)
+            if slot.is_kept:
+                self.room = self._largest_room()
 
     def set_ready(self, number: int) -> None:
         """The copy into a slot has finished."""
@@ -98,7 +129,17 @@ class SlotLedger:
         users = Counter(number for number in used if number)
         for slot in self._slots.values():
             assert slot.users == users[slot.number], f"slot {slot.number} has other users"
+        assert self.room == self._largest_room()
         self._arena.check([(slot.offset, slot.nbytes) for slot in self._slots.values()])
+
+    def _largest_room(self) -> int:
+        kept = sorted((s.offset, s.nbytes) for s in self._slots.values() if s.is_kept)
+        if len(kept) == self.num_slots:
+            return 0
+        largest, end = 0, 0
+        for offset, nbytes in [*kept, (self.capacity, 0)]:
+            largest, end = max(largest, offset - end), offset + self._arena.rounded(nbytes)
+        return largest
 
     def _victims(self, nbytes: int, wanted: Collection[int]) -> list[Slot] | None:
         """Whom to evict so that `nbytes` fit; None if nobody is left to evict and they do not."""
@@ -107,7 +148,8 @@ class SlotLedger:
         arena, victims = self._arena.copy(), []
         for slot in self._bound.values():
             # A slot that is still loading stays: its ready report would be taken for the next's.
-            if slot.users or not slot.is_ready or slot.number in wanted:
+            is_needed = slot.users or slot.is_kept or slot.number in wanted
+            if is_needed or not slot.is_ready:
                 continue
             victims.append(slot)
             arena.give(slot.offset, slot.nbytes)

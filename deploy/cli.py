@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from argparse import SUPPRESS, Action, ArgumentParser
-from collections.abc import Sequence
+from argparse import SUPPRESS, Action, ArgumentParser, _SubParsersAction
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -12,6 +12,10 @@ from typing import Any
 # A command's module has add_flags(parser) and run(args) -> exit code.
 COMMANDS = {
     "serve": ("serve a base model and its adapters on this machine", "lorafleet.deploy.serve"),
+    "adapters": (
+        "manage the adapters of a running server; check folders without one",
+        "lorafleet.deploy.adapters.cli",
+    ),
     "bench": ("load a running server and measure it", "lorafleet.deploy.bench.cli"),
 }
 
@@ -54,5 +58,13 @@ class _FullHelp(Action):
         for name, (summary, module) in COMMANDS.items():
             command = ArgumentParser(prog=f"lorafleet {name}", description=summary)
             import_module(module).add_flags(command)
-            print(command.format_help())
+            for shown in _with_subcommands(command):
+                print(shown.format_help())
         parser.exit()
+
+
+def _with_subcommands(parser: ArgumentParser) -> Iterator[ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, _SubParsersAction):
+            yield from action.choices.values()

@@ -15,7 +15,7 @@ from lorafleet.deploy.banner import banner
 from lorafleet.deploy.child import Child, how_it_ended
 from lorafleet.deploy.resources import rank_environments
 from lorafleet.deploy.screen import Screen
-from lorafleet.proto.flags import to_flags
+from lorafleet.proto.flags import secrets_of, to_flags
 from lorafleet.router.config import RouterConfig
 from lorafleet.shard.config import ShardConfig
 
@@ -75,6 +75,8 @@ class Launch:
         self.screen.note(f"stopping: running requests get up to {grace}; once more kills them")
 
     async def _start(self, folder: Path, environments: list[dict[str, str]]) -> None:
+        secrets = secrets_of(self.router_config)
+        withheld = dict.fromkeys(secrets, "")  # the router's are none of the shards' business
         addresses = tuple(f"unix:{folder}/shard-{rank}.sock" for rank in range(len(environments)))
         for rank, environment in enumerate(environments):
             config = replace(
@@ -84,9 +86,9 @@ class Launch:
                 rendezvous=f"file://{folder}/rendezvous",
             )
             command = [*self.programs.shard, *to_flags(config)]
-            self._shards.append(await self._child(f"shard {rank}", command, environment))
+            self._shards.append(await self._child(f"shard {rank}", command, withheld | environment))
         command = [*self.programs.router, *to_flags(replace(self.router_config, shards=addresses))]
-        self._router = await self._child("router", command, {})
+        self._router = await self._child("router", command, secrets)
 
     async def _child(self, name: str, command: list[str], environment: dict[str, str]) -> Child:
         return await Child.start(name, command, environment, self._on_event, self.screen.log)

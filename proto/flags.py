@@ -47,13 +47,21 @@ class Bytes(int):
 
 
 def flag(
-    default: Any = MISSING, help: str = "", *, choices: Iterable[str] = (), short: str = ""
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    choices: Iterable[str] = (),
+    short: str = "",
+    secret: bool = False,
 ) -> Any:
-    """A config field that is also a command-line flag; without a default it is required."""
-    metadata = {"help": help, "choices": tuple(choices), "short": short}
+    """A config field that is also a command-line flag; without a default it is required.
+
+    A secret stays out of `repr`, of help and of the command lines we make: see `secrets_of`.
+    """
+    metadata = {"help": help, "choices": tuple(choices), "short": short, "secret": secret}
     if default is MISSING:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(metadata=metadata, repr=not secret)
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 def add_flags(parser: argparse.ArgumentParser, *configs: type, skip: Iterable[str] = ()) -> None:
@@ -82,10 +90,12 @@ def from_flags(config: type[T], args: argparse.Namespace, **overrides: Any) -> T
 
 
 def to_flags(config: Any) -> list[str]:
-    """The command line that `from_flags` turns back into `config`."""
+    """The command line that, with `secrets_of`, `from_flags` turns back into `config`."""
     line: list[str] = []
     for f in fields(config):
         value = getattr(config, f.name)
+        if f.metadata.get("secret"):
+            continue  # anyone on the machine can read a command line
         if isinstance(value, bool):
             line.append(_flag_name(f) if value else _flag_name(f, "no-"))
         elif isinstance(value, tuple):
@@ -95,6 +105,16 @@ def to_flags(config: Any) -> list[str]:
     return line
 
 
+def secrets_of(*configs: Any) -> dict[str, str]:
+    """The environment variables that carry the configs' secrets, which `to_flags` leaves out."""
+    return {
+        f.name.upper(): str(getattr(config, f.name))
+        for config in configs
+        for f in fields(config)
+        if f.metadata.get("secret")
+    }
+
+
 def _add_flag(group: Any, f: Field[Any], hint: Any) -> None:
     default, environ = f.default, os.environ.get(f.name.upper())
     required = default is MISSING and environ is None
@@ -102,8 +122,8 @@ def _add_flag(group: Any, f: Field[Any], hint: Any) -> None:
     options: dict[str, Any] = {"dest": f.name, "required": required}
     if get_origin(hint) is tuple:
         convert = get_args(hint)[0]
-        options["nargs"] = "*"
-        default = environ.split() if environ is not None else default
+        options |= {"nargs": "*", "action": _Collect}
+        default = tuple(environ.split()) if environ is not None else default
     elif environ is not None:
         default = environ
     if hint is bool:
@@ -114,10 +134,23 @@ def _add_flag(group: Any, f: Field[Any], hint: Any) -> None:
         options["choices"] = f.metadata["choices"] or None
     names = [_flag_name(f)] + ([f.metadata["short"]] if f.metadata["short"] else [])
     shown = "required" if required else f"default: {_shown(default)}"
+    if f.metadata.get("secret") and default:
+        shown = "default: set"
     help = f"{f.metadata['help']} ({shown}; env {f.name.upper()})".replace("%", "%%")
     group.add_argument(
         *names, help=help, default=None if default is MISSING else default, **options
     )
+
+
+class _Collect(argparse.Action):
+    """A list's values, whether its flag is given once with all of them or once for each."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
+    ) -> None:
+        so_far = getattr(namespace, self.dest, None)
+        given = so_far if isinstance(so_far, list) else []  # the default is a tuple
+        setattr(namespace, self.dest, [*given, *values])
 
 
 def _flag_name(f: Field[Any], prefix: str = "") -> str:

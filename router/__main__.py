@@ -25,6 +25,7 @@ from lorafleet.router.concurrency import Concurrency
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.engine import Engine
 from lorafleet.router.errors import ShardLost
+from lorafleet.router.preload import preload
 from lorafleet.router.service import SERVICE
 
 log = logging.getLogger("lorafleet.router")
@@ -76,7 +77,7 @@ async def _run(config: RouterConfig) -> int:
         loop.add_signal_handler(number, stop.ask)
     watch_parent(partial(_from_thread, loop, stop.now))
     log.info("connecting to %s", " ".join(config.shards))
-    connecting = asyncio.create_task(Engine.start(config))
+    connecting = asyncio.create_task(_connect(config))
     await _first(connecting, stop.asked.wait())
     if not connecting.done():
         connecting.cancel()
@@ -87,6 +88,16 @@ async def _run(config: RouterConfig) -> int:
         return await _serve(engine, config, stop)
     finally:
         await engine.close()
+
+
+async def _connect(config: RouterConfig) -> Engine:
+    engine = await Engine.start(config)
+    try:
+        await preload(engine, config)
+    except BaseException:
+        await engine.close()
+        raise
+    return engine
 
 
 async def _serve(engine: Engine, config: RouterConfig, stop: _Stop) -> int:

@@ -61,6 +61,12 @@ class AdapterPin:
         self.adapter = adapter
         self._is_open = True
 
+    def __enter__(self) -> AdapterPin:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Lets go; closing twice is harmless."""
         if self._is_open:
@@ -75,4 +81,6 @@ class AdapterStatus:
     key: AdapterKey
     info: AdapterInfo
     tier: Tier
-    slot: int  # device slot, 0 = not on the device
+    slot: int = 0  # device slot, 0 = not on the device
+    pinned: Tier = Tier.NONE  # the highest tier an operator pinned it in
+    in_use: int = 0  # sequences and device copies under way that need it

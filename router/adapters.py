@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from lorafleet.proto.messages import AdapterInfo, AdapterKey, Tier
+from lorafleet.router.activity import Activity
 from lorafleet.router.adapter import Adapter, AdapterPin
 from lorafleet.router.errors import AdapterUnservable
 from lorafleet.router.shards import ShardGroup
@@ -27,7 +29,11 @@ class AdapterDirectory:
     """
 
     def __init__(
-        self, shards: ShardGroup, arena_bytes: int, on_dropped: Callable[[Adapter], None]
+        self,
+        shards: ShardGroup,
+        arena_bytes: int,
+        on_dropped: Callable[[Adapter], None],
+        activity: Activity | None = None,
     ) -> None:
         self._shards = shards
         self._arena_bytes = arena_bytes
@@ -38,7 +44,14 @@ class AdapterDirectory:
         # A token is part of a check's identity, so that nobody profits from another's access.
         self._checks: dict[tuple[AdapterKey, str], asyncio.Task[Adapter]] = {}
         self._loads: dict[Adapter, asyncio.Task[None]] = {}
-        self.tiers = HostAndDisk(shards, self._is_host_pinned, self._is_disk_pinned, self._forget)
+        self._removals: dict[AdapterKey, asyncio.Task[None]] = {}
+        self.tiers = HostAndDisk(
+            shards,
+            self._is_host_pinned,
+            self._is_disk_pinned,
+            self._forget,
+            activity or Activity(),
+        )
 
     def __iter__(self) -> Iterator[Adapter]:
         return iter(self._adapters.values())
@@ -49,21 +62,33 @@ class AdapterDirectory:
         A request with a token, or for an adapter someone's token fetched, has its own access
         checked by the shards each time. Raises AdapterError, Overloaded or ShardLost.
         """
-        self._claims[key] += 1
-        try:
+        await self._removed(key)
+        with self._claimed(key):
             pin = (await self._validated(key, api_token)).pin()
             try:
                 await self._loaded(pin.adapter, api_token)
             except BaseException:
                 pin.close()
                 raise
-        finally:
-            self._claims[key] -= 1
-            if not self._claims[key]:
-                del self._claims[key]
-                self.tiers.wake()
         self.tiers.touch(key)
         return pin
+
+    async def validate(self, key: AdapterKey, api_token: str) -> Adapter:
+        """Brings an adapter to disk, checked and sized. Raises what `acquire` does."""
+        await self._removed(key)
+        with self._claimed(key):
+            return await self._validated(key, api_token)
+
+    async def drop(self, key: AdapterKey) -> None:
+        """Frees every tier once the requests that use the adapter have ended, also if cancelled.
+
+        Requests for it that come meanwhile wait and fetch it anew. Raises ShardLost.
+        """
+        await _shared(self._removals, key, self._remove(key))
+
+    def find(self, key: AdapterKey) -> Adapter | None:
+        """The adapter, if it is known: in host memory, or on its way there."""
+        return self._adapters.get(key)
 
     async def start(self) -> None:
         """Counts what the shards hold from before."""
@@ -71,7 +96,7 @@ class AdapterDirectory:
 
     async def close(self) -> None:
         """Cancels fetches under way."""
-        tasks = [*self._checks.values(), *self._loads.values()]
+        tasks = [*self._checks.values(), *self._loads.values(), *self._removals.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -81,6 +106,30 @@ class AdapterDirectory:
         self.tiers.check()
         if is_idle and not self._loads:
             assert not any(adapter.is_pinned for adapter in self), "a pin was not closed"
+
+    @contextmanager
+    def _claimed(self, key: AdapterKey) -> Iterator[None]:
+        self._claims[key] += 1
+        try:
+            yield
+        finally:
+            self._claims[key] -= 1
+            if not self._claims[key]:
+                del self._claims[key]
+                self.tiers.wake()
+
+    async def _removed(self, key: AdapterKey) -> None:
+        while key in self._removals:
+            await asyncio.shield(self._removals[key])
+
+    async def _remove(self, key: AdapterKey) -> None:
+        await self.tiers.until(lambda: not self._is_disk_pinned(key))
+        # Whoever asked for these is gone, and they would bring the adapter back.
+        checks = [task for (checked, _), task in self._checks.items() if checked == key]
+        await asyncio.gather(*checks, return_exceptions=True)
+        self.tiers.unkeep(key)
+        self._forget(key)
+        await self.tiers.drop(key, Tier.DISK)
 
     async def _validated(self, key: AdapterKey, api_token: str) -> Adapter:
         adapter = self._adapters.get(key)

@@ -49,7 +49,7 @@ class Admission:
             if blocked is not None and blocked.overtaken >= self._max_overtakes:
                 return
             if num_failed < MAX_FAILED_LOADS:
-                self._load(sequence, step, wanted)
+                self._load(sequence, step, wanted, now)
             slot = self._slot(sequence, wanted)
             if slot is None:
                 if not self._is_loading(sequence):
@@ -64,13 +64,13 @@ class Admission:
             if lookahead == 0:
                 return
 
-    def _load(self, sequence: Sequence, step: Step, wanted: set[int]) -> None:
+    def _load(self, sequence: Sequence, step: Step, wanted: set[int], now: float) -> None:
         """Begins to load the sequence's adapter if it is not on the device and there is a place."""
         adapter = sequence.adapter
         if adapter is None or self._device.slot_of(adapter):
             return
         if self._device.may_load(adapter, step):
-            self._device.load(adapter, step, wanted)
+            self._device.load(adapter, step, wanted, now)
 
     def _is_loading(self, sequence: Sequence) -> bool:
         return sequence.adapter is not None and self._device.slot_of(sequence.adapter) > 0

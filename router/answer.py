@@ -21,6 +21,7 @@ from lorafleet.router.failures import is_openai, status_of, to_object
 from lorafleet.router.generation import Generation
 from lorafleet.router.service import SERVICE, Clock
 from lorafleet.router.text import Completion, Token
+from lorafleet.router.usage import Served
 
 _SAFE = "!#$&'()*+,-./:;=?@[]_~"  # header values are ASCII without control characters
 
@@ -32,6 +33,7 @@ class Answer:
     request: web.Request
     clock: Clock
     prompt_tokens: int
+    adapter: AdapterKey | None
     headers: Mapping[str, str]
     generations: list[Generation]
     completions: list[Completion]
@@ -116,6 +118,20 @@ class Answer:
         finally:
             metrics.queue.observe(self._queue_seconds())
             metrics.generated_tokens.observe(self.generated_tokens)
+            self.request.app[SERVICE].engine.activity.served(self.adapter, self._served())
+
+    def _served(self) -> Served:
+        first = self._first_token_at()
+        return Served(
+            self.prompt_tokens,
+            self.generated_tokens,
+            self._queue_seconds(),
+            first - self.clock.received_at if first else None,
+        )
+
+    def _first_token_at(self) -> float:
+        """When the first token of any sequence came; 0 before that."""
+        return min((c.first_token_at for c in self.completions if c.first_token_at), default=0.0)
 
     def _queue_seconds(self) -> float:
         return max(generation.queue_seconds for generation in self.generations)
@@ -128,9 +144,8 @@ class Answer:
             "x-validation-time": _ms(self.clock.validation_seconds),
             "x-queue-time": _ms(self._queue_seconds()),
         }
-        first = [c.first_token_at for c in self.completions if c.first_token_at]
-        if first:
-            headers["x-time-to-first-token"] = _ms(min(first) - self.clock.received_at)
+        if first := self._first_token_at():
+            headers["x-time-to-first-token"] = _ms(first - self.clock.received_at)
         return headers
 
     def _headers_at_end(self) -> dict[str, str]:

@@ -9,7 +9,13 @@ from time import perf_counter
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from lorafleet.router import routes_lorax, routes_openai, routes_service
+from lorafleet.router import (
+    routes_adapters,
+    routes_lorax,
+    routes_openai,
+    routes_service,
+    routes_vllm,
+)
 from lorafleet.router.body import MAX_BODY_BYTES
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.engine import Engine
@@ -41,6 +47,12 @@ def build_app(engine: Engine, config: RouterConfig) -> web.Application:
             web.get("/v1/models", routes_openai.models),
             web.post("/v1/completions", routes_openai.completions),
             web.post("/v1/chat/completions", routes_openai.chat_completions),
+            web.get("/v1/adapters", routes_adapters.list_adapters),
+            web.post("/v1/adapters", routes_adapters.load_adapter),
+            web.delete("/v1/adapters/{id:.+}", routes_adapters.drop_adapter),
+            web.delete("/v1/aliases/{alias:.+}", routes_adapters.drop_alias),
+            web.post("/v1/load_lora_adapter", routes_vllm.load_lora_adapter),
+            web.post("/v1/unload_lora_adapter", routes_vllm.unload_lora_adapter),
         ]
     )
     return app

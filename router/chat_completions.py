@@ -7,6 +7,7 @@ from json import dumps
 from typing import Any
 
 from lorafleet.proto.messages import ShardInfo
+from lorafleet.router.aliases import Aliases
 from lorafleet.router.body import to_json
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.errors import InvalidRequest
@@ -19,7 +20,11 @@ from lorafleet.router.tokenizer import Tokenizer
 
 
 def read_chat_call(
-    fields: Fields, headers: Mapping[str, str], config: RouterConfig, info: ShardInfo
+    fields: Fields,
+    headers: Mapping[str, str],
+    config: RouterConfig,
+    info: ShardInfo,
+    aliases: Aliases,
 ) -> OpenAiCall:
     """Checks a body but for its messages. Raises InvalidRequest."""
     logprobs = fields.boolean("logprobs")
@@ -30,6 +35,7 @@ def read_chat_call(
         fields,
         headers,
         config,
+        aliases,
         info.model_id,
         default_max_tokens=None,
         max_new_tokens=max_total_tokens(info),

@@ -7,6 +7,7 @@ from json import dumps
 from typing import Any
 
 from lorafleet.proto.messages import ShardInfo
+from lorafleet.router.aliases import Aliases
 from lorafleet.router.body import to_json
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.errors import InvalidRequest
@@ -22,7 +23,11 @@ _WANTED = "a string, a list of strings, a list of token ids or a list of such li
 
 
 def read_completion_call(
-    fields: Fields, headers: Mapping[str, str], config: RouterConfig, info: ShardInfo
+    fields: Fields,
+    headers: Mapping[str, str],
+    config: RouterConfig,
+    info: ShardInfo,
+    aliases: Aliases,
 ) -> OpenAiCall:
     """Checks a body but for its prompts. Raises InvalidRequest."""
     fields.unsupported("suffix")
@@ -35,6 +40,7 @@ def read_completion_call(
         fields,
         headers,
         config,
+        aliases,
         info.model_id,
         default_max_tokens=_DEFAULT_MAX_TOKENS,
         max_new_tokens=max_total_tokens(info),

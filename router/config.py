@@ -23,7 +23,30 @@ class RouterConfig:
         "there is an adapter root, else hub",
         choices=("", "local", "hub"),
     )
+    admin_api_key: str = flag(
+        "",
+        "key of the admin routes (/v1/adapters, /v1/aliases, vLLM's load and unload routes), sent "
+        "as a bearer token; rather an environment variable than a flag; without one they answer "
+        "only callers on this machine",
+        secret=True,
+    )
+    preloaded_adapter_ids: tuple[str, ...] = flag(
+        (), "adapters loaded before the first request and pinned in host memory"
+    )
+    preloaded_adapter_source: str = flag(
+        "",
+        "source of preloaded_adapter_ids; empty = adapter_source",
+        choices=("", "local", "hub"),
+    )
+    metrics_max_adapters: int = flag(
+        100, "busiest adapters that have metrics of their own; the others share one label, other"
+    )
     max_concurrent_requests: int = flag(1024, "requests in the service at once; more get 429")
+    request_timeout: float = flag(
+        0.0,
+        "seconds a request may take, queueing and adapter fetch included, before it ends with 504; "
+        "a request's own timeout may be shorter; 0 = no limit",
+    )
     max_input_length: int = flag(
         0,
         "prompt tokens a request may have; 0 = what max_total_tokens leaves",
@@ -48,6 +71,8 @@ class RouterConfig:
     def __post_init__(self) -> None:
         check_range("port", self.port, 0, 65535)
         check_range("max_concurrent_requests", self.max_concurrent_requests, 1, 1 << 20)
+        check_range("metrics_max_adapters", self.metrics_max_adapters, 0, 10_000)
+        check_range("request_timeout", self.request_timeout, 0, 86_400)
         check_range("max_stop_sequences", self.max_stop_sequences, 0, 1024)
         check_range("max_best_of", self.max_best_of, 1, 128)
         check_range("prefill_chunk_tokens", self.prefill_chunk_tokens, 0, 1 << 20)

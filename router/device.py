@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from lorafleet.cache.slots import SlotLedger
 from lorafleet.proto.messages import AdapterMove
@@ -17,16 +17,45 @@ MAX_MOVE_BYTES_PER_PLAN = 64 << 20
 class DeviceSlots:
     """The slot ledger, with a pin on the host copy of every adapter being copied from it."""
 
-    def __init__(self, ledger: SlotLedger) -> None:
+    def __init__(
+        self,
+        ledger: SlotLedger,
+        on_loaded: Callable[[Adapter, float], None] = lambda adapter, seconds: None,
+    ) -> None:
+        """`on_loaded` hears of each finished copy and its seconds, from plan to result."""
         self.ledger = ledger
-        self._loading: dict[int, AdapterPin] = {}  # by slot
+        self._on_loaded = on_loaded
+        self._loading: dict[int, tuple[AdapterPin, float]] = {}  # by slot, with when it began
+        self._asked: dict[Adapter, None] = {}  # wanted on the device by no sequence, oldest first
 
     @property
     def num_loading(self) -> int:
         """Copies planned and not reported ready."""
         return len(self._loading)
 
-    def load(self, adapter: Adapter, step: Step, wanted: Collection[int]) -> None:
+    def is_ready(self, adapter: Adapter) -> bool:
+        """Whether it is on the device."""
+        slot = self.ledger.find(adapter)
+        return slot is not None and slot.is_ready
+
+    def ask(self, adapter: Adapter) -> None:
+        """Has one of the next plans copy an adapter to the device."""
+        self._asked[adapter] = None
+
+    def forget(self, adapter: Adapter) -> None:
+        """Its host copy goes, so its slot does too; nobody may be using it."""
+        self._asked.pop(adapter, None)
+        self.ledger.unbind(adapter)
+
+    def load_asked(self, step: Step, now: float) -> None:
+        """Loads what was asked for, as far as there is a place."""
+        for adapter in list(self._asked):
+            if not self.slot_of(adapter) and self.may_load(adapter, step):
+                self.load(adapter, step, (), now)
+            if self.slot_of(adapter):
+                del self._asked[adapter]
+
+    def load(self, adapter: Adapter, step: Step, wanted: Collection[int], now: float) -> None:
         """A slot for an adapter that has none, with its move in `step`, if there is a place.
 
         Slots in `wanted` are not taken away.
@@ -36,20 +65,22 @@ class DeviceSlots:
         slot = self.ledger.bind(adapter, adapter.nbytes, wanted)
         if slot is not None:
             step.plan.moves.append(AdapterMove(adapter.key, slot.number, slot.offset))
-            self._loading[slot.number] = adapter.pin()
+            self._loading[slot.number] = (adapter.pin(), now)
 
     def may_load(self, adapter: Adapter, step: Step) -> bool:
         """Whether the step may carry one more move."""
         if not step.plan.moves:
             return True
-        slots = (self._loading[move.slot].adapter for move in step.plan.moves)
+        slots = (self._loading[move.slot][0].adapter for move in step.plan.moves)
         return sum(moved.nbytes for moved in slots) + adapter.nbytes <= MAX_MOVE_BYTES_PER_PLAN
 
-    def set_ready(self, numbers: Iterable[int]) -> None:
+    def set_ready(self, numbers: Iterable[int], now: float) -> None:
         """Copies a result reports finished."""
         for number in numbers:
             self.ledger.set_ready(number)
-            self._loading.pop(number).close()
+            pin, started_at = self._loading.pop(number)
+            self._on_loaded(pin.adapter, now - started_at)
+            pin.close()
 
     def slot_of(self, adapter: Adapter) -> int:
         """The adapter's slot, 0 if it is not on the device."""

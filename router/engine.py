@@ -8,17 +8,20 @@ import time
 from collections import deque
 from itertools import count
 
-from lorafleet.proto.messages import AdapterInfo, ShardInfo, StepPlan, Tier
-from lorafleet.router.adapter import Adapter, AdapterStatus
+from lorafleet.cache.residency import ByteLedger
+from lorafleet.proto.messages import AdapterInfo, AdapterKey, ShardInfo, StepPlan, Tier
+from lorafleet.router.activity import Activity
+from lorafleet.router.adapter import Adapter, AdapterPin, AdapterStatus
 from lorafleet.router.adapters import AdapterDirectory
 from lorafleet.router.config import RouterConfig
+from lorafleet.router.control import AdapterControl
 from lorafleet.router.errors import InvalidRequest, RequestError, ShardLost
 from lorafleet.router.generation import Generation
 from lorafleet.router.request import GenerationRequest, TokenEvent
 from lorafleet.router.scheduler import Scheduler, SchedulerLimits
 from lorafleet.router.sequence import Sequence
 from lorafleet.router.shards import ShardGroup
-from lorafleet.router.stats import EngineStats
+from lorafleet.router.stats import EngineStats, TierStats
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +36,23 @@ class Engine:
     can be submitted, and the process should end.
     """
 
-    def __init__(self, shards: ShardGroup, limits: SchedulerLimits) -> None:
+    def __init__(
+        self, shards: ShardGroup, limits: SchedulerLimits, activity: Activity | None = None
+    ) -> None:
         self.info: ShardInfo = shards.info
         self.failed = asyncio.Event()
         self.failure: ShardLost | None = None
         self._shards = shards
-        self._scheduler = Scheduler(shards.info, limits)
-        slots = self._scheduler.device.ledger
-        self._directory = AdapterDirectory(shards, slots.capacity, slots.unbind)
+        self.activity = activity or Activity()
+        self._scheduler = Scheduler(shards.info, limits, self._on_loaded, self._on_evicted)
+        device = self._scheduler.device
+        self._directory = AdapterDirectory(
+            shards, device.ledger.capacity, device.forget, self.activity
+        )
         self._generations: dict[Sequence, Generation] = {}
         self._tickets = count()
         self._work = asyncio.Event()  # the loop has something to look at
+        self.control = AdapterControl(self._directory, device, self._work.set)
         self._adapters_in_steps: deque[int] = deque(maxlen=1024)
         shards.lost.add_done_callback(lambda _: self._work.set())
         self._loop = asyncio.create_task(self._run())
@@ -56,7 +65,7 @@ class Engine:
         """
         shards = await ShardGroup.connect(config.shards, config.shard_connect_seconds)
         limits = SchedulerLimits(config.prefill_chunk_tokens, config.prefix_caching)
-        engine = cls(shards, limits)
+        engine = cls(shards, limits, Activity(config.metrics_max_adapters))
         try:
             await engine._directory.start()
         except BaseException:
@@ -76,14 +85,12 @@ class Engine:
         """Fetches the request's adapter, if it names one, and queues the request.
 
         Raises InvalidRequest for sizes this group cannot hold, AdapterError or Overloaded for what
-        an adapter's fetch can say, ShardLost.
+        an adapter's fetch can say, DeadlineExceeded, ShardLost.
         """
         submitted_at = time.monotonic()
         self._check_request(request)
         self._check_alive()
-        pin = None
-        if request.adapter is not None:
-            pin = await self._directory.acquire(request.adapter, request.api_token)
+        pin = await self._acquire(request)
         self._check_alive()
         adapter = pin.adapter if pin is not None else None
         sequence = Sequence(next(self._tickets), request, adapter, submitted_at)
@@ -93,14 +100,45 @@ class Engine:
         self._work.set()
         return generation
 
+    async def _acquire(self, request: GenerationRequest) -> AdapterPin | None:
+        if request.adapter is None:
+            return None
+        deadline, tier = request.deadline, self._tier(request.adapter)
+        try:
+            async with asyncio.timeout_at(deadline.when):
+                pin = await self._directory.acquire(request.adapter, request.api_token)
+        except TimeoutError:
+            raise deadline.error() from None
+        # Only now, so that what does not exist has no metrics.
+        self.activity.looked_up(request.adapter, tier)
+        try:
+            self.control.check_device_room(pin.adapter)
+        except BaseException:
+            pin.close()
+            raise
+        return pin
+
     async def adapters(self) -> list[AdapterInfo]:
         """Adapters the shards can serve without a remote source. Raises ShardLost."""
         return await self._shards.list_adapters()
 
+    async def all_adapters(self) -> list[AdapterStatus]:
+        """Those, and what was loaded with some caller's token; by source and id."""
+        known = {adapter.key: self._status(adapter) for adapter in self._directory}
+        for info in await self._shards.list_adapters():
+            pinned = self.control.pinned(info.key)
+            known.setdefault(info.key, AdapterStatus(info.key, info, info.tier, pinned=pinned))
+        return [known[key] for key in sorted(known, key=lambda key: (key.source, str(key)))]
+
+    def adapter(self, key: AdapterKey) -> AdapterStatus | None:
+        """Where an adapter is; None if no request and no operator has asked for it."""
+        adapter = self._directory.find(key)
+        return self._status(adapter) if adapter is not None else None
+
     def stats(self) -> EngineStats:
         """Gauges and counters now."""
         scheduler, tiers = self._scheduler, self._directory.tiers
-        kv = scheduler.kv
+        kv, device = scheduler.kv, scheduler.device.ledger
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -112,10 +150,12 @@ class Engine:
             num_prefix_query_tokens=kv.num_query_tokens,
             num_prefix_hit_tokens=kv.num_hit_tokens,
             num_page_evictions=kv.prefix.num_evictions,
-            num_device_evictions=scheduler.device.ledger.num_evictions,
-            num_host_evictions=tiers.host.num_evictions,
-            num_disk_evictions=tiers.disk.num_evictions,
             max_adapters_in_step=max(self._adapters_in_steps, default=0),
+            tiers={
+                Tier.DISK: _tier_stats(tiers.disk),
+                Tier.HOST: _tier_stats(tiers.host),
+                Tier.DEVICE: TierStats(device.used_bytes, device.capacity, device.num_evictions),
+            },
             adapters=[self._status(adapter) for adapter in self._directory],
         )
 
@@ -215,7 +255,26 @@ class Engine:
         slot = self._scheduler.device.slot_of(adapter)
         held = Tier.HOST if adapter.in_host else Tier.DISK
         tier = Tier.DEVICE if slot else held
-        return AdapterStatus(adapter.key, adapter.info, tier, slot)
+        pinned = self.control.pinned(adapter.key)
+        return AdapterStatus(adapter.key, adapter.info, tier, slot, pinned, adapter.num_pins)
+
+    def _tier(self, key: AdapterKey) -> Tier:
+        """The highest tier that holds an adapter."""
+        adapter = self._directory.find(key)
+        if adapter is not None:
+            return self._status(adapter).tier
+        return Tier.DISK if key in self._directory.tiers.disk else Tier.NONE
+
+    def _on_loaded(self, adapter: Adapter, seconds: float) -> None:
+        self.activity.loaded(adapter.key, Tier.DEVICE, seconds)
+        self.control.device_changed()
+
+    def _on_evicted(self, adapter: Adapter) -> None:
+        self.activity.evicted(adapter.key, Tier.DEVICE)
+
+
+def _tier_stats(ledger: ByteLedger[AdapterKey]) -> TierStats:
+    return TierStats(ledger.used, ledger.budget, ledger.num_evictions)
 
 
 def _num_adapters(plan: StepPlan) -> int:

@@ -1,14 +1,19 @@
 """What can go wrong with a request, and the HTTP status that says so.
 
 RequestError
+├── BadRequest 400              what is asked cannot be done
+├── AdminUnauthorized 401       the admin key is missing or wrong
+├── AdminForbidden 403          there is no admin key and the caller is elsewhere
 ├── InvalidRequest 422          a field is out of its range
 ├── Overloaded 429              try again later
 ├── AdapterError
 │   ├── AdapterNotFound 404     the source has no such adapter
 │   ├── AdapterForbidden 403    the source refuses this caller
+│   ├── NoAdapterRoom 507       what is pinned leaves no room for it
 │   ├── AdapterUnservable 422   the adapter is there and cannot be served: the sentence says why
 │   ├── SourceUnavailable 502   the source is down
 │   └── SourceTimeout 504       the source is too slow
+├── DeadlineExceeded 504        the request's own time is over
 ├── GenerationFailed 500        this sequence's computation went wrong
 └── ShardLost 503               the group died under the request
 """
@@ -23,6 +28,36 @@ class RequestError(Exception):
 
     status: ClassVar[int] = 500
     error_type: ClassVar[str] = "internal"
+
+
+class BadRequest(RequestError):
+    """What is asked cannot be done as things are."""
+
+    status = 400
+    error_type = "bad_request"
+
+
+class AdminUnauthorized(RequestError):
+    """The admin key is missing or wrong."""
+
+    status = 401
+    error_type = "unauthorized"
+
+    def __init__(self) -> None:
+        super().__init__("this route needs the admin key, as Authorization: Bearer KEY")
+
+
+class AdminForbidden(RequestError):
+    """The service has no admin key, and the caller is not on its machine."""
+
+    status = 403
+    error_type = "forbidden"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "without --admin-api-key this route answers only callers on the server's own machine "
+            "that do not come through a proxy or a browser"
+        )
 
 
 class InvalidRequest(RequestError):
@@ -65,6 +100,13 @@ class AdapterForbidden(AdapterError):
     error_type = "adapter_forbidden"
 
 
+class NoAdapterRoom(AdapterError):
+    """What operators pinned leaves no room for the adapter; nothing was evicted for it."""
+
+    status = 507
+    error_type = "adapter_no_room"
+
+
 class AdapterUnservable(AdapterError):
     """The adapter exists and cannot be served."""
 
@@ -84,6 +126,13 @@ class SourceTimeout(AdapterError):
 
     status = 504
     error_type = "adapter_source_timeout"
+
+
+class DeadlineExceeded(RequestError):
+    """The request was not done in the time it was given."""
+
+    status = 504
+    error_type = "timeout"
 
 
 class GenerationFailed(RequestError):

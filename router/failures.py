@@ -13,6 +13,7 @@ from aiohttp.typedefs import Handler
 from lorafleet.router.errors import (
     AdapterError,
     AdapterNotFound,
+    AdminUnauthorized,
     InvalidRequest,
     Overloaded,
     RequestError,
@@ -21,7 +22,7 @@ from lorafleet.router.errors import (
 log = logging.getLogger(__name__)
 
 CLIENT_GONE = 499  # what a request whose client left counts as
-_OPENAI_TYPES = {403: "permission_error", 429: "rate_limit_error"}
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 @web.middleware
@@ -46,6 +47,8 @@ def to_response(error: Exception, *, openai: bool) -> web.Response:
     headers = {}
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(error.retry_after_seconds)
+    if isinstance(error, AdminUnauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, web.HTTPMethodNotAllowed):
         headers["Allow"] = ", ".join(sorted(error.allowed_methods))
     body = dumps(to_object(error, openai=openai))

@@ -25,6 +25,10 @@ class Fields:
         """Whether the field is there and not null."""
         return self._values.get(name) is not None
 
+    def with_value(self, name: str, value: Any) -> Fields:
+        """The same fields but for one."""
+        return Fields({**self._values, name: value})
+
     def raw(self, name: str) -> Any:
         """The field as JSON gave it; None when absent."""
         return self._values.get(name)

@@ -16,13 +16,14 @@ from lorafleet.router.sequence import Sequence
 class Generation:
     """Iterate it inside `async with`; leaving that, however, ends the request and frees its row.
 
-    Iteration ends after the event with `finish`, or raises GenerationFailed or ShardLost after the
-    tokens that came before. One task at a time may iterate.
+    Iteration ends after the event with `finish`, or raises GenerationFailed, DeadlineExceeded or
+    ShardLost after the tokens that came before. One task at a time may iterate.
     """
 
     def __init__(
         self, sequence: Sequence, pin: AdapterPin | None, abort: Callable[[Sequence], None]
     ) -> None:
+        """Within a running event loop, whose clock ends it at its request's deadline."""
         self._sequence = sequence
         self._pin = pin
         self._abort = abort
@@ -30,6 +31,7 @@ class Generation:
         self._error: RequestError | None = None
         self._is_over = False  # no more events will come
         self._waiter: asyncio.Future[None] | None = None
+        self._timer = self._start_timer()
 
     async def __aenter__(self) -> Generation:
         return self
@@ -108,8 +110,20 @@ class Generation:
             self._error = error
             self._end()
 
+    def _start_timer(self) -> asyncio.TimerHandle | None:
+        when = self._sequence.request.deadline.when
+        if when is None:
+            return None
+        return asyncio.get_running_loop().call_at(when, self._expire)
+
+    def _expire(self) -> None:
+        self._abort(self._sequence)
+        self.fail(self._sequence.request.deadline.error())
+
     def _end(self) -> None:
         self._is_over = True
+        if self._timer is not None:
+            self._timer.cancel()
         if self._pin is not None:
             self._pin.close()
         self._wake()

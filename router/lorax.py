@@ -8,8 +8,10 @@ from json import dumps
 from typing import Any
 
 from lorafleet.proto.messages import AdapterKey, ShardInfo
+from lorafleet.router.aliases import Aliases
 from lorafleet.router.body import to_json
 from lorafleet.router.config import RouterConfig
+from lorafleet.router.deadline import Deadline, read_deadline
 from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, check_string
 from lorafleet.router.generation import Generation
@@ -44,6 +46,7 @@ class LoraxCall:
     details: bool
     ignore_eos: bool
     return_full_text: bool
+    deadline: Deadline
     api_token: str = field(repr=False)
 
     @property
@@ -78,6 +81,7 @@ class LoraxCall:
                 adapter=self.adapter,
                 ignore_eos=self.ignore_eos,
                 api_token=self.api_token,
+                deadline=self.deadline,
             )
             for index in range(self.best_of)
         ]
@@ -88,6 +92,7 @@ def read_call(
     headers: Mapping[str, str],
     config: RouterConfig,
     info: ShardInfo,
+    aliases: Aliases,
     stream: bool | None = None,
 ) -> LoraxCall:
     """Checks a body; `stream` None takes the body's own flag. Raises InvalidRequest."""
@@ -99,7 +104,7 @@ def read_call(
     body.unsupported("tools")
     if fields.boolean("watermark"):
         raise InvalidRequest("`watermark` is not supported", "watermark")
-    adapter = read_adapter(fields.string("adapter_id", ""), "adapter_id", fields, config)
+    adapter = read_adapter(fields.string("adapter_id", ""), "adapter_id", fields, config, aliases)
     call = LoraxCall(
         inputs=inputs,
         stream=body.boolean("stream") if stream is None else stream,
@@ -112,6 +117,7 @@ def read_call(
         details=fields.boolean("details"),
         ignore_eos=fields.boolean("ignore_eos_token"),
         return_full_text=fields.boolean("return_full_text"),
+        deadline=read_deadline(fields, config),
         api_token=read_api_token(fields, adapter, headers),
     )
     _check_combinations(call)

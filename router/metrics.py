@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lorafleet.proto.messages import Tier
+from lorafleet.router.adapter_gauges import adapter_gauges
+from lorafleet.router.adapter_labels import AdapterLabels
+from lorafleet.router.adapter_metrics import AdapterMetrics
 from lorafleet.router.stats import EngineStats
 
 _SECONDS = (
@@ -70,9 +71,10 @@ class Metrics:
         self.prompt_tokens = self._tokens("prompt_tokens", "Tokens of a request's prompts.")
         self.generated_tokens = self._tokens("generated_tokens", "Tokens generated for a request.")
 
-    def watch(self, stats: Callable[[], EngineStats]) -> None:
-        """Adds the engine's own numbers, read when someone looks."""
-        self.registry.register(_EngineCollector(stats))
+    def watch(self, stats: Callable[[], EngineStats], adapters: AdapterMetrics) -> None:
+        """Adds the engine's own numbers, read when someone looks, and those of each adapter."""
+        self.registry.register(_EngineCollector(stats, adapters.labels))
+        self.registry.register(adapters)
 
     def exposition(self) -> bytes:
         """Prometheus's text format."""
@@ -90,8 +92,9 @@ class Metrics:
 class _EngineCollector(Collector):
     """Reads the engine when scraped, so nothing is counted twice."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], labels: AdapterLabels) -> None:
         self._stats = stats
+        self._labels = labels
 
     def describe(self) -> Iterable[Metric]:
         """Nothing ahead of time: registering must not read an engine that is still starting."""
@@ -125,26 +128,7 @@ class _EngineCollector(Collector):
             "Prompt tokens found in the prefix cache.",
             stats.num_prefix_hit_tokens,
         )
-        yield from _adapters(stats)
-
-
-def _adapters(stats: EngineStats) -> Iterator[Metric]:
-    held = Tally(status.tier for status in stats.adapters)
-    loaded = GaugeMetricFamily(
-        "lorafleet_adapters_loaded",
-        "Adapters by the highest tier that holds them.",
-        labels=["tier"],
-    )
-    for tier in (Tier.DISK, Tier.HOST, Tier.DEVICE):
-        loaded.add_metric([tier.name.lower()], held[tier])
-    yield loaded
-    evictions = CounterMetricFamily(
-        "lorafleet_adapter_evictions", "Adapters dropped from a tier to make room.", labels=["tier"]
-    )
-    evictions.add_metric(["device"], stats.num_device_evictions)
-    evictions.add_metric(["host"], stats.num_host_evictions)
-    evictions.add_metric(["disk"], stats.num_disk_evictions)
-    yield evictions
+        yield from adapter_gauges(stats, self._labels)
 
 
 def _gauge(name: str, help: str, value: float) -> Metric:

@@ -11,8 +11,10 @@ from json import dumps
 from typing import Any, ClassVar
 
 from lorafleet.proto.messages import AdapterKey
+from lorafleet.router.aliases import Aliases
 from lorafleet.router.body import to_json
 from lorafleet.router.config import RouterConfig
+from lorafleet.router.deadline import Deadline, read_deadline
 from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, check_string
 from lorafleet.router.generation import Generation
@@ -47,6 +49,7 @@ class OpenAiCall:
     logprobs: bool
     stream: bool
     include_usage: bool
+    deadline: Deadline
     api_token: str = field(repr=False)
 
 
@@ -88,6 +91,7 @@ def read_call(
     fields: Fields,
     headers: Mapping[str, str],
     config: RouterConfig,
+    aliases: Aliases,
     served_model: str,
     *,
     default_max_tokens: int | None,
@@ -102,7 +106,7 @@ def read_call(
     _refuse_response_format(fields)
     model = check_string("model", fields.required("model"))
     adapter_id = "" if model == served_model else model
-    adapter = read_adapter(adapter_id, "model", fields, config)
+    adapter = read_adapter(adapter_id, "model", fields, config, aliases)
     stream = fields.boolean("stream")
     max_new_field = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
     options = fields.object("stream_options") or Fields({})
@@ -126,6 +130,7 @@ def read_call(
         logprobs=logprobs,
         stream=stream,
         include_usage=stream and options.boolean("include_usage"),
+        deadline=read_deadline(fields, config),
         api_token=read_api_token(fields, adapter, headers),
     )
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lorafleet.proto.messages import AdapterKey, ShardInfo
+from lorafleet.router.aliases import Aliases
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, refusal
 
 BASE_MODEL = "__base_model__"  # LoRAX's name for no adapter
 SOURCES = ("local", "hub")
-_MAX_ID_LENGTH = 512
+MAX_ID_LENGTH = 512
 # What people write where an OpenAI client insists on a key.
 _PLACEHOLDER_KEYS = frozenset(
     ("", "-", "empty", "none", "null", "dummy", "no-key", "sk-no-key-required")
@@ -66,18 +67,28 @@ def fit(
     return max_new
 
 
+def is_id(text: str) -> bool:
+    """Whether this may be an adapter's id or an alias."""
+    return 0 < len(text) <= MAX_ID_LENGTH and text.isprintable()
+
+
 def read_adapter(
-    adapter_id: str, id_field: str, fields: Fields, config: RouterConfig
+    adapter_id: str, id_field: str, fields: Fields, config: RouterConfig, aliases: Aliases
 ) -> AdapterKey | None:
-    """The adapter named by `adapter_id` and `adapter_source`; None = the base model."""
+    """The adapter named by `adapter_id` and `adapter_source`; None = the base model.
+
+    An alias is looked at only where no source is named, so an id can always be said in full.
+    """
     source = fields.string("adapter_source", "").lower() or config.adapter_source or "hub"
     if source not in SOURCES:
         raise refusal("adapter_source", f"one of {', '.join(SOURCES)}", source)
     if adapter_id in ("", BASE_MODEL):
         return None
-    if len(adapter_id) > _MAX_ID_LENGTH or not adapter_id.isprintable():
-        wanted = f"at most {_MAX_ID_LENGTH} printable characters"
+    if not is_id(adapter_id):
+        wanted = f"at most {MAX_ID_LENGTH} printable characters"
         raise refusal(id_field, wanted, adapter_id)
+    if not fields.string("adapter_source", "") and (found := aliases.find(adapter_id)):
+        return found
     return AdapterKey(source, adapter_id)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from lorafleet.proto.messages import AdapterKey, SamplingParams
+from lorafleet.router.deadline import NEVER, Deadline
 
 
 class FinishReason(Enum):
@@ -26,6 +27,7 @@ class GenerationRequest:
     adapter: AdapterKey | None = None  # None = base model
     ignore_eos: bool = False
     api_token: str = field(default="", repr=False)  # for the adapter's source
+    deadline: Deadline = NEVER
     cache_salt: str = ""  # prefixes are shared only between equal salts
 
 

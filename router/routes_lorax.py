@@ -33,7 +33,7 @@ async def _respond(request: web.Request, stream: bool | None) -> web.StreamRespo
     with service.concurrency.enter():
         body = await read_fields(request)
         info = service.engine.info
-        call = read_call(body, request.headers, service.config, info, stream)
+        call = read_call(body, request.headers, service.config, info, service.aliases, stream)
         prompt_ids = await service.tokenizer.encode(call.inputs)
         requests = call.requests(prompt_ids, service.config, info)
         clock.validated()
@@ -43,6 +43,7 @@ async def _respond(request: web.Request, stream: bool | None) -> web.StreamRespo
                 request=request,
                 clock=clock,
                 prompt_tokens=len(requests[0].prompt_ids),
+                adapter=call.adapter,
                 headers=served_by(info.model_id, call.adapter),
                 generations=[sequence.generation for sequence in sequences],
                 completions=[sequence.completion for sequence in sequences],

@@ -31,7 +31,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     with service.concurrency.enter():
         fields = await read_fields(request)
         config, info = service.config, service.engine.info
-        call = read_completion_call(fields, request.headers, config, info)
+        call = read_completion_call(fields, request.headers, config, info, service.aliases)
         echo = fields.boolean("echo")
         given = read_prompts(fields, config.max_concurrent_requests, info.vocab_size)
         prompts = [await _prompt(service, prompt) for prompt in given]
@@ -44,7 +44,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     service, clock = request.app[SERVICE], Clock.start()
     with service.concurrency.enter():
         fields = await read_fields(request)
-        call = read_chat_call(fields, request.headers, service.config, service.engine.info)
+        info = service.engine.info
+        call = read_chat_call(fields, request.headers, service.config, info, service.aliases)
         messages = read_messages(fields)
         rendered = await service.tokenizer.in_thread(service.chat_template.render, messages)
         text = check_string("messages", rendered)
@@ -54,7 +55,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 
 async def models(request: web.Request) -> web.Response:
-    """GET /v1/models: the base model, then every adapter the shards know."""
+    """GET /v1/models: the base model, every adapter the shards know, and every alias."""
     service = request.app[SERVICE]
     info = service.engine.info
     card = {"object": "model", "created": service.started_at, "owned_by": "lorafleet"}
@@ -67,7 +68,11 @@ async def models(request: web.Request) -> web.Response:
         | {"tier": tiers.get(adapter.key, adapter.tier).name.lower()}
         for adapter in await service.engine.adapters()
     ]
-    data = [card | {"id": info.model_id} | base, *adapters]
+    aliases = [
+        card | {"id": name, "root": str(key), "parent": info.model_id} | {"source": key.source}
+        for name, key in service.aliases
+    ]
+    data = [card | {"id": info.model_id} | base, *adapters, *aliases]
     return web.json_response({"object": "list", "data": data})
 
 
@@ -106,6 +111,7 @@ async def _respond(
             request=request,
             clock=clock,
             prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
+            adapter=call.adapter,
             headers=served_by(service.engine.info.model_id, call.adapter),
             generations=[choice.generation for choice in choices],
             completions=[choice.completion for choice in choices],
@@ -141,6 +147,7 @@ def _requests(
             adapter=call.adapter,
             ignore_eos=call.ignore_eos,
             api_token=call.api_token,
+            deadline=call.deadline,
         )
         for index in range(call.best_of)
     ]

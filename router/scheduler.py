@@ -9,10 +9,13 @@ and recomputes when admitted again. So the oldest can always go on, and with it 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lorafleet.cache.slots import SlotLedger
 from lorafleet.proto.messages import ShardInfo, StepPlan, StepResult
+from lorafleet.router.adapter import Adapter
 from lorafleet.router.admission import MAX_OVERTAKES, Admission
 from lorafleet.router.device import DeviceSlots
 from lorafleet.router.errors import GenerationFailed, RequestError
@@ -38,12 +41,20 @@ class SchedulerLimits:
 class Scheduler:
     """Owns sequences, rows, pages and slots. Plans must be sent, and results applied, in order."""
 
-    def __init__(self, info: ShardInfo, limits: SchedulerLimits) -> None:
+    def __init__(
+        self,
+        info: ShardInfo,
+        limits: SchedulerLimits,
+        on_loaded: Callable[[Adapter, float], None] = lambda adapter, seconds: None,
+        on_evicted: Callable[[Any], None] = lambda adapter: None,
+    ) -> None:
+        """`on_loaded` hears of each Adapter's copy to the device, `on_evicted` of its going."""
         self.num_steps = 0  # plans made
         self.num_preemptions = 0
         self.kv = KvPages(info.num_pages, info.page_size, limits.prefix_caching)
         self.device = DeviceSlots(
-            SlotLedger(info.num_slots, info.arena_bytes, info.arena_alignment)
+            SlotLedger(info.num_slots, info.arena_bytes, info.arena_alignment, on_evicted),
+            on_loaded,
         )
         self.waiting = WaitingQueue()
         self.running = RunningSet(info.max_rows, self.kv, self.device.ledger)
@@ -79,6 +90,7 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         self._decode(step)
         self._prefill(step)
+        self.device.load_asked(step, now)
         if self.num_preemptions == num_preemptions:
             self._admission.admit(step, now)
         # With no rows to compute, a plan makes the shard wait for its copies and report them.
@@ -95,7 +107,7 @@ class Scheduler:
     def apply(self, result: StepResult, now: float) -> list[Event]:
         """Takes in the result of the oldest plan in flight; returns what its sequences hear."""
         step = self._in_flight.popleft()
-        self.device.set_ready(result.ready_slots)
+        self.device.set_ready(result.ready_slots, now)
         # The token of a sequence that ended while this step was in flight is discarded.
         return [
             (sample.sequence, self._take(sample, now))

@@ -10,6 +10,7 @@ from time import perf_counter
 
 from aiohttp import web
 
+from lorafleet.router.aliases import Aliases
 from lorafleet.router.chat import ChatTemplate
 from lorafleet.router.concurrency import Concurrency
 from lorafleet.router.config import RouterConfig
@@ -34,6 +35,7 @@ class Service:
     concurrency: Concurrency
     keep_alive: KeepAlive
     metrics: Metrics
+    aliases: Aliases
     started_at: int  # seconds since the epoch
 
     @classmethod
@@ -41,7 +43,7 @@ class Service:
         """Around an engine that is connected."""
         info = engine.info
         metrics = Metrics()
-        metrics.watch(engine.stats)
+        metrics.watch(engine.stats, engine.activity.metrics)
         return cls(
             engine=engine,
             config=config,
@@ -50,6 +52,7 @@ class Service:
             concurrency=Concurrency(config.max_concurrent_requests),
             keep_alive=KeepAlive(),
             metrics=metrics,
+            aliases=Aliases(),
             started_at=int(time.time()),
         )
 

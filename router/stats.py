@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorafleet.proto.messages import Tier
 from lorafleet.router.adapter import AdapterStatus
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """What adapters take of one tier, on each shard."""
+
+    used_bytes: int
+    budget_bytes: int
+    num_evictions: int  # adapters that made room for others
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +31,6 @@ class EngineStats:
     num_prefix_query_tokens: int  # known tokens of admitted sequences
     num_prefix_hit_tokens: int  # of those, tokens found in the prefix cache
     num_page_evictions: int  # cached pages given to somebody else
-    num_device_evictions: int  # adapters that lost their slot
-    num_host_evictions: int  # adapters dropped from host memory
-    num_disk_evictions: int  # downloaded adapters deleted
     max_adapters_in_step: int  # distinct adapters in one step, largest of the last 1024 steps
+    tiers: dict[Tier, TierStats]
     adapters: list[AdapterStatus]

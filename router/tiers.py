@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from lorafleet.cache.residency import ByteLedger
 from lorafleet.proto.messages import AdapterInfo, AdapterKey, Tier
-from lorafleet.router.errors import AdapterUnservable, Overloaded
+from lorafleet.router.activity import Activity
+from lorafleet.router.errors import AdapterUnservable, NoAdapterRoom, Overloaded
 from lorafleet.router.shards import ShardGroup
 
 Pinned = Callable[[AdapterKey], bool]
@@ -26,12 +28,14 @@ class HostAndDisk:
         is_host_pinned: Pinned,
         is_disk_pinned: Pinned,
         forget: Callable[[AdapterKey], None],
+        activity: Activity,
     ) -> None:
         self.host = ByteLedger[AdapterKey](shards.info.host_bytes)
         self.disk = ByteLedger[AdapterKey](shards.info.disk_bytes)  # downloaded adapters only
         self._shards = shards
         self._is_host_pinned = is_host_pinned
         self._is_disk_pinned = is_disk_pinned
+        self._activity = activity
         self._forget = forget  # called before an evicted adapter's copies go
         self._host_room = asyncio.Lock()  # whoever holds it makes room; the others queue behind
         self._disk_room = asyncio.Lock()
@@ -50,7 +54,10 @@ class HostAndDisk:
 
     async def fetch_to_disk(self, key: AdapterKey, api_token: str) -> AdapterInfo:
         """Validates and sizes an adapter on every rank, downloading it if it is remote."""
+        started_at = time.monotonic()
         info = await self._fetch_to_disk(key, api_token)
+        if info.tier < Tier.HOST:  # it was not only asked whether this caller may have it
+            self._activity.loaded(key, Tier.DISK, time.monotonic() - started_at)
         if info.disk_bytes > self.disk.budget:
             await self._shards.drop(key, Tier.DISK)
             raise AdapterUnservable(
@@ -62,7 +69,7 @@ class HostAndDisk:
             self.disk.remove(key)
             self.wake()
             async with self._disk_room:
-                await self._make_disk_room(info.disk_bytes)
+                await self._make_disk_room_or_drop(key, info.disk_bytes)
                 self.disk.put(key, info.disk_bytes)
         return info
 
@@ -72,8 +79,11 @@ class HostAndDisk:
         async with self._host_room:
             await self._make_host_room(nbytes)
             self.host.put(key, nbytes)
+        started_at = time.monotonic()
         try:
-            return await self._shards.fetch(key, Tier.HOST, api_token)
+            info = await self._shards.fetch(key, Tier.HOST, api_token)
+            self._activity.loaded(key, Tier.HOST, time.monotonic() - started_at)
+            return info
         except BaseException:
             await self.drop(key, Tier.HOST)  # some ranks may have it
             raise
@@ -87,6 +97,18 @@ class HostAndDisk:
         finally:
             self.host.remove(key)
             self.wake()
+
+    def keep(self, key: AdapterKey) -> None:
+        """An adapter in host memory stays there, and its download on disk, until `unkeep`."""
+        self.host.keep(key)
+        self.disk.keep(key)
+        self.wake()  # for those whose adapter can never fit now
+
+    def unkeep(self, key: AdapterKey) -> None:
+        """Ends `keep`; nothing if the adapter was not kept."""
+        self.host.unkeep(key)
+        self.disk.unkeep(key)
+        self.wake()
 
     def touch(self, key: AdapterKey) -> None:
         """An adapter was used now."""
@@ -127,23 +149,44 @@ class HostAndDisk:
     async def _make_host_room(self, nbytes: int) -> None:
         ledger = self.host
         while ledger.used + nbytes > ledger.budget:
-            await self.until(lambda: ledger.oldest(self._is_host_pinned) is not None)
-            victim = ledger.oldest(self._is_host_pinned)
-            assert victim is not None
+            victim = await self._victim(ledger, nbytes, self._is_host_pinned)
             ledger.num_evictions += 1
+            self._activity.evicted(victim, Tier.HOST)
             self._forget(victim)
             await self.drop(victim, Tier.HOST)
 
     async def _make_disk_room(self, nbytes: int) -> None:
         ledger = self.disk
         while ledger.used + nbytes > ledger.budget:
-            await self.until(lambda: ledger.oldest(self._is_disk_pinned) is not None)
-            victim = ledger.oldest(self._is_disk_pinned)
-            assert victim is not None
-            await self._evict_from_disk(victim)
+            await self._evict_from_disk(await self._victim(ledger, nbytes, self._is_disk_pinned))
+
+    async def _make_disk_room_or_drop(self, key: AdapterKey, nbytes: int) -> None:
+        try:
+            await self._make_disk_room(nbytes)
+        except NoAdapterRoom:
+            await self._shards.drop(key, Tier.DISK)
+            raise
+
+    async def _victim(
+        self, ledger: ByteLedger[AdapterKey], nbytes: int, is_pinned: Pinned
+    ) -> AdapterKey:
+        """Whom to evict next; waits for one. Raises NoAdapterRoom if no eviction could help."""
+
+        def is_hopeless() -> bool:
+            return nbytes > ledger.room
+
+        await self.until(lambda: is_hopeless() or ledger.oldest(is_pinned) is not None)
+        victim = ledger.oldest(is_pinned)
+        if is_hopeless() or victim is None:
+            raise NoAdapterRoom(
+                f"the adapter takes {nbytes} bytes, more than the {max(0, ledger.room)} of "
+                f"{ledger.budget} bytes that pinned adapters leave"
+            )
+        return victim
 
     async def _evict_from_disk(self, victim: AdapterKey) -> None:
         self.disk.num_evictions += 1
+        self._activity.evicted(victim, Tier.DISK)
         self._forget(victim)
         done = self._drops[victim] = asyncio.get_running_loop().create_future()
         try:

@@ -88,6 +88,36 @@ def test_nothing_is_evicted_in_vain() -> None:
     assert (a, ledger.num_evictions) == (1, 0)
 
 
+def test_a_kept_slot_is_not_evicted_and_the_others_are_told_of() -> None:
+    evicted: list[object] = []
+    ledger = SlotLedger(4, 1024, 256, evicted.append)
+    bind(ledger, "a", 256)
+    bind(ledger, "kept", 256)
+    ledger.keep("kept")
+    assert ledger.room == 512
+    assert ledger.bind("wide", 768, ()) is None, "the kept one lies in the way"
+    assert bind(ledger, "most", 512) > 0
+    assert bind(ledger, "b", 512) > 0
+    assert evicted == ["a", "most"]
+    assert ledger.find("kept") is not None
+    ledger.check()
+    ledger.unkeep("kept")
+    assert ledger.room == 1024
+    assert bind(ledger, "wide", 1024) > 0
+    ledger.check()
+
+
+def test_the_room_of_a_ledger_with_every_slot_kept_is_none() -> None:
+    ledger = SlotLedger(2, 4096, 256)
+    for name in "ab":
+        bind(ledger, name, 256)
+        ledger.keep(name)
+    assert ledger.room == 0
+    ledger.unbind("a")
+    assert ledger.room == 4096 - 512, "behind b, which is second"
+    ledger.check()
+
+
 def test_check_finds_a_user_that_was_not_released() -> None:
     ledger = SlotLedger(1, 256, 256)
     ledger.use(bind(ledger, "a", 1))

@@ -34,6 +34,18 @@ def test_the_overview_names_the_commands() -> None:
     shown = run("--help").stdout
     assert "serve" in shown
     assert "lorafleet bench" in shown
+    assert "lorafleet adapters check" in shown
+    assert "--admin-api-key" in shown
+
+
+def test_the_admin_key_is_not_shown_by_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADMIN_API_KEY", "letmein")
+    assert "letmein" not in run("--help").stdout
+
+
+def test_adapters_without_a_server_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapters", "list", "--url", "http://127.0.0.1:1"]) == 2
+    assert "127.0.0.1:1" in capsys.readouterr().err
 
 
 def test_version() -> None:

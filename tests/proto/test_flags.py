@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from lorafleet.proto.flags import Bytes, add_flags, check_range, flag, from_flags, to_flags
+from lorafleet.proto.flags import (
+    Bytes,
+    add_flags,
+    check_range,
+    flag,
+    from_flags,
+    secrets_of,
+    to_flags,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,13 @@ class Engine:
 
     def __post_init__(self) -> None:
         check_range("num_gears", self.num_gears, 1, 9)
+
+
+@dataclass(frozen=True)
+class Vault:
+    """Vault: what is locked."""
+
+    code: str = flag("", "what opens it", secret=True)
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,21 @@ def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 def test_to_flags_is_the_inverse() -> None:
     config = Engine(3, "petrol", True, Bytes("20GB"), ("ann", "bob"))
     assert parse(*to_flags(config)) == config
+
+
+def test_a_secret_travels_in_the_environment_and_is_shown_nowhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vault = Vault("sesame")
+    assert to_flags(vault) == []
+    assert "sesame" not in repr(vault)
+    for name, value in secrets_of(vault).items():
+        monkeypatch.setenv(name, value)
+    parser = ArgumentParser()
+    add_flags(parser, Vault)
+    assert from_flags(Vault, parser.parse_args([])) == vault
+    assert "sesame" not in parser.format_help()
+    assert "default: set; env CODE" in " ".join(parser.format_help().split())
 
 
 @pytest.mark.parametrize("text", ["12XB", "much", "", "-3MiB", "1e3"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -56,6 +57,12 @@ def parse_frames(text: str) -> list[Any]:
     assert all(frame.startswith("data:") for frame in frames)
     values = [frame.removeprefix("data:").strip() for frame in frames]
     return [value if value == "[DONE]" else json.loads(value) for value in values]
+
+
+async def until(condition: Any) -> None:
+    """Lets the service go on until the condition holds; the test's own timeout is the limit."""
+    while not condition():  # noqa: ASYNC110  the service has no event for it
+        await asyncio.sleep(0.001)
 
 
 @asynccontextmanager

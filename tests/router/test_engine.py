@@ -178,7 +178,7 @@ async def test_stats_and_adapters_tell_where_adapters_are() -> None:
             stats = engine.stats()
             where = {status.key.id: (status.tier, status.slot) for status in stats.adapters}
             assert where == {"adapter-1": (Tier.HOST, 0), "adapter-2": (Tier.DEVICE, 1)}
-            assert stats.num_device_evictions == 1
+            assert stats.tiers[Tier.DEVICE].num_evictions == 1
             assert [info.key.id for info in await engine.adapters()] == ["adapter-1", "adapter-2"]
 
 

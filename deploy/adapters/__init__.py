@@ -1,0 +1,1 @@
+"""`lorafleet adapters`: manages the adapters of a running server, checks folders without one."""

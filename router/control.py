@@ -1,0 +1,131 @@
+"""AdapterControl: what an operator asks of adapters, beyond what requests do by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from lorafleet.proto.messages import AdapterKey, Tier
+from lorafleet.router.adapter import Adapter
+from lorafleet.router.adapters import AdapterDirectory
+from lorafleet.router.device import DeviceSlots
+from lorafleet.router.errors import NoAdapterRoom
+
+
+class AdapterControl:
+    """Loads, pins and drops. Pins are owned by the ledgers of their tiers."""
+
+    def __init__(
+        self, directory: AdapterDirectory, device: DeviceSlots, wake: Callable[[], None]
+    ) -> None:
+        """`wake` makes the engine's loop look for work."""
+        self._directory, self._device, self._wake = directory, device, wake
+        self._device_changed = asyncio.Event()
+
+    async def load(self, key: AdapterKey, api_token: str, tier: Tier) -> None:
+        """Raises an adapter to a tier at least; it may be evicted again.
+
+        Raises AdapterError, Overloaded or ShardLost, as a request for it would.
+        """
+        if tier is Tier.DISK:
+            await self._directory.validate(key, api_token)
+            return
+        with await self._directory.acquire(key, api_token) as pin:
+            self.check_device_room(pin.adapter)
+            if tier is Tier.DEVICE:
+                await self._to_device(pin.adapter)
+
+    async def pin(self, key: AdapterKey, api_token: str, tier: Tier) -> None:
+        """Loads an adapter and keeps it in host memory, for DEVICE on the device as well.
+
+        Raises NoAdapterRoom, before anything is evicted, when other pins and the adapters of
+        requests under way do not leave room for it, and whatever `load` raises.
+        """
+        self._check_room(await self._directory.validate(key, api_token), tier)
+        with await self._directory.acquire(key, api_token) as pin:
+            self._check_room(pin.adapter, tier)
+            if tier is Tier.DEVICE:
+                await self._keep_on_device(pin.adapter)
+            else:
+                self._device.ledger.unkeep(pin.adapter)
+            self._directory.tiers.keep(key)
+
+    def unpin(self, key: AdapterKey) -> None:
+        """Ends a pin; nothing if there is none."""
+        self._directory.tiers.unkeep(key)
+        adapter = self._directory.find(key)
+        if adapter is not None:
+            self._device.ledger.unkeep(adapter)
+            self._wake()
+
+    def pinned(self, key: AdapterKey) -> Tier:
+        """The highest tier an adapter is pinned in, NONE without a pin."""
+        if not self._directory.tiers.host.is_kept(key):
+            return Tier.NONE
+        adapter = self._directory.find(key)
+        slot = self._device.ledger.find(adapter) if adapter is not None else None
+        return Tier.DEVICE if slot is not None and slot.is_kept else Tier.HOST
+
+    async def drop(self, key: AdapterKey) -> None:
+        """Frees every tier, pinned or not, once the requests that use the adapter have ended."""
+        await self._directory.drop(key)
+
+    def device_changed(self) -> None:
+        """Engine only: a copy to the device has finished."""
+        self._device_changed.set()
+
+    def check_device_room(self, adapter: Adapter) -> None:
+        """Raises NoAdapterRoom if the adapter can never be on the device because of pins."""
+        room = self._device.ledger.room
+        if adapter.nbytes > room and self._device.ledger.find(adapter) is None:
+            raise NoAdapterRoom(
+                f"adapter {adapter.key} takes {adapter.nbytes} bytes on the device, more than the "
+                f"{room} in one piece that pinned adapters leave"
+            )
+
+    def _check_room(self, adapter: Adapter, tier: Tier) -> None:
+        """Raises NoAdapterRoom unless the pin leaves room for what requests under way use."""
+        host, slots = self._directory.tiers.host, self._device.ledger
+        in_use = [a for a in self._directory if a.num_pins and a is not adapter]
+        if not host.is_kept(adapter.key):
+            needed = max((a.nbytes for a in in_use if not host.is_kept(a.key)), default=0)
+            _check("host memory", adapter, needed, host.room)
+        slot = slots.find(adapter)
+        if tier is Tier.DEVICE and not (slot and slot.is_kept):
+            _check("the device", adapter, self._needed_on_device(in_use), slots.room)
+
+    def _needed_on_device(self, adapters: list[Adapter]) -> int:
+        """The largest that does not have a place of its own there, in bytes."""
+        slots = (self._device.ledger.find(adapter) for adapter in adapters)
+        pairs = zip(adapters, slots, strict=True)
+        return max((a.nbytes for a, slot in pairs if not (slot and slot.is_kept)), default=0)
+
+    async def _keep_on_device(self, adapter: Adapter) -> None:
+        slots = self._device.ledger
+        await self._to_device(adapter)
+        slots.keep(adapter)
+        # Where the slot lies was not known before: it may cut the rest in pieces.
+        in_use = [a for a in self._directory if a.num_pins and a is not adapter]
+        if self._needed_on_device(in_use) > slots.room:
+            slots.unkeep(adapter)
+            raise NoAdapterRoom(
+                f"pinning {adapter.key} on the device would leave {slots.room} bytes in one piece, "
+                "too few for an adapter of a request under way; try again"
+            )
+
+    async def _to_device(self, adapter: Adapter) -> None:
+        """Returns once the adapter, whose host copy the caller has pinned, is on the device."""
+        while not self._device.is_ready(adapter):
+            self._device.ask(adapter)
+            self._wake()
+            self._device_changed.clear()
+            await self._device_changed.wait()
+
+
+def _check(place: str, adapter: Adapter, needed: int, room: int) -> None:
+    if adapter.nbytes + needed > room:
+        others = f", of which requests under way need {needed}" if needed else ""
+        raise NoAdapterRoom(
+            f"pinning {adapter.key} takes {adapter.nbytes} bytes of {place} on a shard; pins leave "
+            f"{max(0, room)}{others}"
+        )
