@@ -163,12 +163,12 @@ class DiskTier:
         records = [*self.list(), *(record for record in asides if record is not None)]
         return sum(record.nbytes for record in records if record.key != key)
 
-    def _asides(self) -> list[Path]:
-        return sorted((self._directory / _PARTIAL).glob("*/*"))
+    def _asides(self) -> Iterator[Path]:
+        return (self._directory / _PARTIAL).glob("*/*")
 
     def _discard_idle(self, min_age_seconds: float = 0.0) -> None:
         """Deletes what nobody is writing: all that cannot be gone on with, and what is old."""
-        for aside in self._asides():
+        for aside in sorted(self._asides()):
             lock = self._directory / _LOCKS / aside.parent.name / aside.name
             lock.parent.mkdir(parents=True, exist_ok=True)
             with suppress(Timeout, OSError), FileLock(lock, timeout=0):
