@@ -19,9 +19,14 @@ class RouterConfig:
     )
     adapter_source: str = flag(
         "",
-        "source of adapters whose request names none: local or hub; empty = local when "
+        "source of adapters whose request names none: local, hub, s3 or http; empty = local when "
         "there is an adapter root, else hub",
-        choices=("", "local", "hub"),
+        choices=("", "local", "hub", "s3", "http"),
+    )
+    adapter_failure_seconds: float = flag(
+        60.0,
+        "longest time a remote adapter that failed is not tried again with the same token; the "
+        "first time is a second, each next twice as long; 0 = always try",
     )
     max_concurrent_requests: int = flag(1024, "requests in the service at once; more get 429")
     max_input_length: int = flag(
@@ -48,6 +53,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         check_range("port", self.port, 0, 65535)
         check_range("max_concurrent_requests", self.max_concurrent_requests, 1, 1 << 20)
+        check_range("adapter_failure_seconds", self.adapter_failure_seconds, 0, 86_400)
         check_range("max_stop_sequences", self.max_stop_sequences, 0, 1024)
         check_range("max_best_of", self.max_best_of, 1, 128)
         check_range("prefill_chunk_tokens", self.prefill_chunk_tokens, 0, 1 << 20)

@@ -13,6 +13,7 @@ from lorafleet.router.adapter import Adapter, AdapterStatus
 from lorafleet.router.adapters import AdapterDirectory
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.errors import InvalidRequest, RequestError, ShardLost
+from lorafleet.router.failure_memory import FailureMemory
 from lorafleet.router.generation import Generation
 from lorafleet.router.request import GenerationRequest, TokenEvent
 from lorafleet.router.scheduler import Scheduler, SchedulerLimits
@@ -33,14 +34,19 @@ class Engine:
     can be submitted, and the process should end.
     """
 
-    def __init__(self, shards: ShardGroup, limits: SchedulerLimits) -> None:
+    def __init__(
+        self,
+        shards: ShardGroup,
+        limits: SchedulerLimits,
+        failures: FailureMemory | None = None,
+    ) -> None:
         self.info: ShardInfo = shards.info
         self.failed = asyncio.Event()
         self.failure: ShardLost | None = None
         self._shards = shards
         self._scheduler = Scheduler(shards.info, limits)
         slots = self._scheduler.device.ledger
-        self._directory = AdapterDirectory(shards, slots.capacity, slots.unbind)
+        self._directory = AdapterDirectory(shards, slots.capacity, slots.unbind, failures)
         self._generations: dict[Sequence, Generation] = {}
         self._tickets = count()
         self._work = asyncio.Event()  # the loop has something to look at
@@ -56,7 +62,7 @@ class Engine:
         """
         shards = await ShardGroup.connect(config.shards, config.shard_connect_seconds)
         limits = SchedulerLimits(config.prefill_chunk_tokens, config.prefix_caching)
-        engine = cls(shards, limits)
+        engine = cls(shards, limits, FailureMemory(config.adapter_failure_seconds))
         try:
             await engine._directory.start()
         except BaseException:

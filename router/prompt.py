@@ -10,7 +10,7 @@ from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, refusal
 
 BASE_MODEL = "__base_model__"  # LoRAX's name for no adapter
-SOURCES = ("local", "hub")
+SOURCES = ("local", "hub", "s3", "http")
 _MAX_ID_LENGTH = 512
 # What people write where an OpenAI client insists on a key.
 _PLACEHOLDER_KEYS = frozenset(
@@ -69,7 +69,10 @@ def fit(
 def read_adapter(
     adapter_id: str, id_field: str, fields: Fields, config: RouterConfig
 ) -> AdapterKey | None:
-    """The adapter named by `adapter_id` and `adapter_source`; None = the base model."""
+    """The adapter named by `adapter_id` and `adapter_source`; None = the base model.
+
+    A hub's id may have its revision: `owner/name@revision`.
+    """
     source = fields.string("adapter_source", "").lower() or config.adapter_source or "hub"
     if source not in SOURCES:
         raise refusal("adapter_source", f"one of {', '.join(SOURCES)}", source)
@@ -78,17 +81,20 @@ def read_adapter(
     if len(adapter_id) > _MAX_ID_LENGTH or not adapter_id.isprintable():
         wanted = f"at most {_MAX_ID_LENGTH} printable characters"
         raise refusal(id_field, wanted, adapter_id)
-    return AdapterKey(source, adapter_id)
+    if source != "hub":
+        return AdapterKey(source, adapter_id)
+    name, _, revision = adapter_id.partition("@")
+    return AdapterKey(source, name, revision)
 
 
 def read_api_token(fields: Fields, adapter: AdapterKey | None, headers: Mapping[str, str]) -> str:
     """The caller's token for the adapter's source: the body's, else the bearer's; "" = none.
 
-    Local adapters need none, and a placeholder key is none.
+    Only the hub has callers of its own, and a placeholder key is none.
     """
     token = fields.string("api_token", "")
     scheme, _, bearer = headers.get("Authorization", "").partition(" ")
     if not token and scheme.lower() == "bearer":
         token = bearer.strip()
-    unused = adapter is None or adapter.source == "local"
+    unused = adapter is None or adapter.source != "hub"
     return "" if unused or token.lower() in _PLACEHOLDER_KEYS else token
