@@ -1,23 +1,35 @@
-"""DiskTier: downloaded adapters on this machine, shared by all of its processes."""
+"""DiskTier: downloaded adapters on this machine, shared by all of its processes.
+
+<source>/<name>           a complete download
+.partial/<source>/<name>  one under way, or what a failure or a killed process left of it
+.locks/<source>/<name>    held by whoever downloads or drops it
+.room                     held while room is counted and promised
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from lorafleet.cache.errors import AdapterUnservable, TierFull
+from lorafleet.cache.errors import AdapterUnservable, SourceTimeout, SourceUnavailable, TierFull
 from lorafleet.proto.messages import AdapterKey
 
-_RECORD_FILE = "download.json"
-_LOCKS = ".locks"
+_RECORD_FILE, _PARTIAL_FILE = "download.json", "partial.json"
+_LOCKS, _PARTIAL, _ROOM = ".locks", ".partial", ".room"
+_MAX_NAME_LENGTH = 200  # of the 255 bytes a file system takes
+_KEEP_PARTIAL_SECONDS = 24 * 3600.0
+
+Fill = Callable[[Path], int]  # writes a download's files into a directory, returns their bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +37,22 @@ class Download:
     """What is known of a downloaded adapter without asking its source."""
 
     key: AdapterKey
-    commit: str  # what the key's revision was when it was downloaded
-    nbytes: int
+    commit: str  # names the content; empty = nothing does, so a part of it is worth nothing
+    nbytes: int  # while it is under way: what it may need
     is_restricted: bool  # whether the source gives it to some callers only
 
 
 class DiskTier:
-    """One directory per adapter, complete or absent: written aside, then renamed."""
+    """One directory per adapter, complete or absent: written aside, then renamed.
+
+    What a broken download leaves aside is gone on with when its source still has that content,
+    makes way when the budget needs its bytes, and is otherwise deleted by a start a day later.
+    """
 
     def __init__(self, directory: Path, budget_bytes: int) -> None:
         self._directory, self._budget = directory, budget_bytes
-        (directory / _LOCKS).mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._discard_idle(_KEEP_PARTIAL_SECONDS)
 
     def path(self, key: AdapterKey) -> Path:
         """The adapter's directory, there or not."""
@@ -43,70 +60,146 @@ class DiskTier:
 
     def get(self, key: AdapterKey) -> Download | None:
         """The record of a complete download, or None."""
-        return _read_record(self.path(key))
+        record = _read_record(self.path(key) / _RECORD_FILE)
+        return record if record is not None and record.key == key else None
 
     def list(self) -> list[Download]:
-        """Every complete download, whichever process made it."""
-        with os.scandir(self._directory) as entries:
-            names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-        records = (_read_record(self._directory / name) for name in names)
+        """Every complete download, whichever process made it, sorted by source and name."""
+        sources = sorted(path for path in self._directory.glob("[!.]*") if path.is_dir())
+        paths = (path for source in sources for path in sorted(source.iterdir()))
+        records = (_read_record(path / _RECORD_FILE) for path in paths)
         return [record for record in records if record is not None]
 
     @contextmanager
     def lock(self, key: AdapterKey) -> Iterator[None]:
         """Held by the one process, and thread, that downloads or drops this adapter."""
-        with FileLock(self._directory / _LOCKS / _name(key)):
-            yield
+        path = self._directory / _LOCKS / _name(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path):
+            try:
+                yield
+            finally:  # names of nothing must not pile up; who waits for a deleted lock notices
+                if not self.path(key).exists() and not self._aside(key).exists():
+                    path.unlink(missing_ok=True)
 
-    def check_room(self, nbytes: int) -> None:
-        """Raises AdapterUnservable if the budget can never hold it, TierFull if it cannot now."""
-        if nbytes > self._budget:
-            raise AdapterUnservable(
-                f"The adapter's download has {nbytes} bytes; "
-                f"all downloads together may have {self._budget}."
-            )
-        used = sum(download.nbytes for download in self.list())
-        if used + nbytes > self._budget:
-            raise TierFull(
-                f"The adapter needs {nbytes} bytes of disk; "
-                f"{max(0, self._budget - used)} of {self._budget} are free."
-            )
+    def get_or_put(
+        self, key: AdapterKey, plan: Callable[[], tuple[Download, Fill]]
+    ) -> tuple[Download, bool]:
+        """The download, made as planned if it is not there; and whether this call made it.
 
-    def put(self, download: Download, fill: Callable[[Path], None]) -> None:
+        Callers of one adapter share the work: the first does it, the others wait.
+        """
+        if download := self.get(key):
+            return download, False
+        with self.lock(key):
+            if download := self.get(key):
+                return download, False
+            return self.put(*plan()), True
+
+    def put(self, download: Download, fill: Fill) -> Download:
         """Lets `fill` write the files aside, then makes them the adapter. The caller holds `lock`.
 
-        Whatever `fill` raises leaves nothing behind.
+        `fill` finds what an earlier try left of the same content. A source that breaks off and a
+        full disk leave what there is for the next try; whatever else `fill` raises leaves nothing.
         """
-        aside = self._directory / f".{_name(download.key)}"
-        for leftover in (aside, self.path(download.key)):  # of a process that died, or is older
-            shutil.rmtree(leftover, ignore_errors=True)
+        aside, path = self._aside(download.key), self.path(download.key)
+        left = _read_record(aside / _PARTIAL_FILE)
+        if left is None or not left.commit or left.commit != download.commit:
+            shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)  # what no record of ours is with
         try:
-            aside.mkdir(mode=0o700)
-            fill(aside)
-            (aside / _RECORD_FILE).write_text(json.dumps(asdict(download)))
-            aside.rename(self.path(download.key))
+            self.reserve(download)
+            done = replace(download, nbytes=fill(aside))
+            (aside / _PARTIAL_FILE).unlink()
+            _write_record(aside / _RECORD_FILE, done)
+            path.parent.mkdir(exist_ok=True)
+            aside.rename(path)
+        except (SourceUnavailable, SourceTimeout, TierFull):
+            raise
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+        return done
+
+    def reserve(self, download: Download) -> None:
+        """Promises `download.nbytes` of the budget to a download whose `lock` the caller holds.
+
+        Raises AdapterUnservable if the budget can never hold it, TierFull if it cannot now.
+        """
+        if download.nbytes > self._budget:
+            raise AdapterUnservable(
+                f"The adapter's download has {download.nbytes} bytes; "
+                f"all downloads together may have {self._budget}."
+            )
+        with FileLock(self._directory / _ROOM):
+            if self._used_besides(download.key) + download.nbytes > self._budget:
+                self._discard_idle()
+            used = self._used_besides(download.key)
+            if used + download.nbytes > self._budget:
+                raise TierFull(
+                    f"The adapter needs {download.nbytes} bytes of disk; "
+                    f"{max(0, self._budget - used)} of {self._budget} are free."
+                )
+            aside = self._aside(download.key)
+            aside.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _write_record(aside / _PARTIAL_FILE, download)
 
     def drop(self, key: AdapterKey) -> None:
         """Deletes a download; what is not there is dropped already."""
         with self.lock(key):
-            aside = self._directory / f".{_name(key)}"
+            aside = self._aside(key)
             shutil.rmtree(aside, ignore_errors=True)
             if self.path(key).exists():
+                aside.parent.mkdir(parents=True, exist_ok=True)
                 self.path(key).rename(aside)
                 shutil.rmtree(aside, ignore_errors=True)
 
+    def _aside(self, key: AdapterKey) -> Path:
+        return self._directory / _PARTIAL / _name(key)
 
-def _name(key: AdapterKey) -> str:
-    return f"{quote(key.id, safe='')}@{quote(key.revision, safe='')}"
+    def _used_besides(self, key: AdapterKey) -> int:
+        """Bytes of complete downloads, and bytes promised to those under way."""
+        asides = (_read_record(path / _PARTIAL_FILE) for path in self._asides())
+        records = [*self.list(), *(record for record in asides if record is not None)]
+        return sum(record.nbytes for record in records if record.key != key)
+
+    def _asides(self) -> Iterator[Path]:
+        return (self._directory / _PARTIAL).glob("*/*")
+
+    def _discard_idle(self, min_age_seconds: float = 0.0) -> None:
+        """Deletes what nobody is writing: all that cannot be gone on with, and what is old."""
+        for aside in sorted(self._asides()):
+            lock = self._directory / _LOCKS / aside.parent.name / aside.name
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(Timeout, OSError), FileLock(lock, timeout=0):
+                record = aside / _PARTIAL_FILE
+                is_useful = _read_record(record) is not None
+                if not is_useful or time.time() - record.stat().st_mtime >= min_age_seconds:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    lock.unlink(missing_ok=True)
 
 
-def _read_record(directory: Path) -> Download | None:
+def _name(key: AdapterKey) -> Path:
+    """A path of this adapter only: quoting is one to one, and never makes a "#"."""
+    name = f"{quote(key.id, safe='')}@{quote(key.revision, safe='')}"
+    if name.startswith("."):
+        name = f"%2E{name[1:]}"
+    if len(name) > _MAX_NAME_LENGTH:
+        name = f"{name[:100]}#{hashlib.sha256(name.encode()).hexdigest()}"
+    return Path(key.source) / name
+
+
+def _read_record(path: Path) -> Download | None:
     """The record, or None when there is none that this version understands."""
     try:
-        fields = json.loads((directory / _RECORD_FILE).read_bytes())
+        fields = json.loads(path.read_bytes())
         return Download(**(fields | {"key": AdapterKey(**fields["key"])}))
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _write_record(path: Path, download: Download) -> None:
+    with path.open("w") as file:
+        file.write(json.dumps(asdict(download)))
+        file.flush()
+        os.fsync(file.fileno())

@@ -10,14 +10,13 @@ from typing import Protocol
 import torch
 
 from lorafleet.cache.adapter_files import AdapterSpec, digest_files, read_spec
-from lorafleet.cache.disk_tier import DiskTier
 from lorafleet.cache.errors import AdapterNotFound, AdapterUnservable, shown
 from lorafleet.cache.host_tier import HostTier
 from lorafleet.cache.key_locks import KeyLocks
 from lorafleet.cache.layout import ModelLayout
 from lorafleet.cache.packed_form import PackedForm, plan_form
 from lorafleet.cache.packing import PackedAdapter, pack
-from lorafleet.cache.sources import hub, local
+from lorafleet.cache.sources.catalog import SourceConfig, open_sources
 from lorafleet.cache.sources.source import AdapterSource, Progress
 from lorafleet.proto.messages import (
     AdapterInfo,
@@ -29,17 +28,11 @@ from lorafleet.proto.messages import (
 )
 
 
-class StoreConfig(Protocol):
-    """The fields of ShardConfig that the store reads."""
+class StoreConfig(SourceConfig, Protocol):
+    """The fields of ShardConfig that the store and its sources read."""
 
     @property
     def adapter_host_bytes(self) -> int: ...
-    @property
-    def adapter_disk_bytes(self) -> int: ...
-    @property
-    def adapter_root(self) -> str: ...
-    @property
-    def adapter_cache_dir(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +63,7 @@ class AdapterStore:
         """`hub_endpoint`: base URL of the hub, None for what HF_ENDPOINT says."""
         self._layout, self._dtype = layout, dtype
         self._host = HostTier(config.adapter_host_bytes, dtype, pin=device.type == "cuda")
-        cache = Path(config.adapter_cache_dir).expanduser()
-        disk = DiskTier(cache / hub.SOURCE, config.adapter_disk_bytes)
-        self._sources: dict[str, AdapterSource] = {
-            local.SOURCE: local.LocalSource(config.adapter_root),
-            hub.SOURCE: hub.HubSource(disk, hub_endpoint),
-        }
+        self._sources: dict[str, AdapterSource] = open_sources(config, hub_endpoint)
         self._adapters: dict[AdapterKey, _Adapter] = {}
         self._locks = KeyLocks()
 

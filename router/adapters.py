@@ -12,6 +12,7 @@ from lorafleet.proto.messages import AdapterInfo, AdapterKey, Tier
 from lorafleet.router.activity import Activity
 from lorafleet.router.adapter import Adapter, AdapterPin
 from lorafleet.router.errors import AdapterUnservable
+from lorafleet.router.failure_memory import FailureMemory
 from lorafleet.router.shards import ShardGroup
 from lorafleet.router.tiers import HostAndDisk
 
@@ -23,8 +24,8 @@ class AdapterDirectory:
     """Owns what each adapter's content is, and who is waiting for it.
 
     An adapter reaches host memory in two moves: fetched to disk, which validates and sizes it;
-    then, once there is room, packed into host memory. Concurrent requests share both. A failure is
-    remembered by nobody, and an adapter that leaves host memory is forgotten, so the next request
+    then, once there is room, packed into host memory. Concurrent requests share both, and a failure
+    is remembered for a while. An adapter that leaves host memory is forgotten, so the next request
     for it validates it again.
     """
 
@@ -34,8 +35,10 @@ class AdapterDirectory:
         arena_bytes: int,
         on_dropped: Callable[[Adapter], None],
         activity: Activity | None = None,
+        failures: FailureMemory | None = None,
     ) -> None:
         self._shards = shards
+        self._failures = FailureMemory() if failures is None else failures
         self._arena_bytes = arena_bytes
         self._on_dropped = on_dropped  # called before an adapter's host copy goes
         self._adapters: dict[AdapterKey, Adapter] = {}
@@ -71,6 +74,7 @@ class AdapterDirectory:
                 pin.close()
                 raise
         self.tiers.touch(key)
+        self._failures.succeeded(key, api_token)
         return pin
 
     async def validate(self, key: AdapterKey, api_token: str) -> Adapter:
@@ -129,18 +133,21 @@ class AdapterDirectory:
         await asyncio.gather(*checks, return_exceptions=True)
         self.tiers.unkeep(key)
         self._forget(key)
+        self._failures.forget(key)
         await self.tiers.drop(key, Tier.DISK)
 
     async def _validated(self, key: AdapterKey, api_token: str) -> Adapter:
         adapter = self._adapters.get(key)
         if adapter is None or api_token or key in self._private:
+            self._failures.check(key, api_token)
             check = self._check(key, api_token)
             adapter = await _shared(self._checks, (key, api_token), check)
         return adapter
 
     async def _check(self, key: AdapterKey, api_token: str) -> Adapter:
-        info = await self.tiers.fetch_to_disk(key, api_token)
-        self._refuse_too_large(info)
+        with self._failures.watch(key, api_token):
+            info = await self.tiers.fetch_to_disk(key, api_token)
+            self._refuse_too_large(info)
         if not api_token:
             self._private.discard(key)
         elif key not in self._adapters:
@@ -175,10 +182,11 @@ class AdapterDirectory:
                 adapter.previous = None
             # The pinned adapter is in the directory again if it was evicted since it was validated.
             self._adapters[adapter.key] = adapter
-            info = await self.tiers.load_to_host(adapter.key, adapter.nbytes, api_token)
-            if info.digest != adapter.info.digest:
-                await self.tiers.drop(adapter.key, Tier.HOST)
-                raise AdapterUnservable(f"adapter {adapter.key} changed while it was loaded")
+            with self._failures.watch(adapter.key, api_token):
+                info = await self.tiers.load_to_host(adapter.key, adapter.nbytes, api_token)
+                if info.digest != adapter.info.digest:
+                    await self.tiers.drop(adapter.key, Tier.HOST)
+                    raise AdapterUnservable(f"adapter {adapter.key} changed while it was loaded")
             adapter.in_host = True
         except BaseException:
             if self._adapters.get(adapter.key) is adapter:

@@ -165,7 +165,7 @@ def served_by(model_id: str, adapter: AdapterKey | None) -> dict[str, str]:
     """Headers naming model and adapter; percent-encoded where a header cannot hold them."""
     headers = {"x-model-id": quote(model_id, _SAFE)}
     if adapter is not None:
-        headers["x-adapter-id"] = quote(adapter.id, _SAFE)
+        headers["x-adapter-id"] = quote(str(adapter), _SAFE)
         headers["x-adapter-source"] = adapter.source
     return headers
 

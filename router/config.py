@@ -19,9 +19,14 @@ class RouterConfig:
     )
     adapter_source: str = flag(
         "",
-        "source of adapters whose request names none: local or hub; empty = local when "
+        "source of adapters whose request names none: local, hub, s3 or http; empty = local when "
         "there is an adapter root, else hub",
-        choices=("", "local", "hub"),
+        choices=("", "local", "hub", "s3", "http"),
+    )
+    adapter_failure_seconds: float = flag(
+        60.0,
+        "longest time a remote adapter that failed is not tried again with the same token; the "
+        "first time is a second, each next twice as long; 0 = always try",
     )
     admin_api_key: str = flag(
         "",
@@ -36,7 +41,7 @@ class RouterConfig:
     preloaded_adapter_source: str = flag(
         "",
         "source of preloaded_adapter_ids; empty = adapter_source",
-        choices=("", "local", "hub"),
+        choices=("", "local", "hub", "s3", "http"),
     )
     metrics_max_adapters: int = flag(
         100, "busiest adapters that have metrics of their own; the others share one label, other"
@@ -73,6 +78,7 @@ class RouterConfig:
         check_range("max_concurrent_requests", self.max_concurrent_requests, 1, 1 << 20)
         check_range("metrics_max_adapters", self.metrics_max_adapters, 0, 10_000)
         check_range("request_timeout", self.request_timeout, 0, 86_400)
+        check_range("adapter_failure_seconds", self.adapter_failure_seconds, 0, 86_400)
         check_range("max_stop_sequences", self.max_stop_sequences, 0, 1024)
         check_range("max_best_of", self.max_best_of, 1, 128)
         check_range("prefill_chunk_tokens", self.prefill_chunk_tokens, 0, 1 << 20)

@@ -16,6 +16,7 @@ from lorafleet.router.adapters import AdapterDirectory
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.control import AdapterControl
 from lorafleet.router.errors import InvalidRequest, RequestError, ShardLost
+from lorafleet.router.failure_memory import FailureMemory
 from lorafleet.router.generation import Generation
 from lorafleet.router.request import GenerationRequest, TokenEvent
 from lorafleet.router.scheduler import Scheduler, SchedulerLimits
@@ -37,7 +38,11 @@ class Engine:
     """
 
     def __init__(
-        self, shards: ShardGroup, limits: SchedulerLimits, activity: Activity | None = None
+        self,
+        shards: ShardGroup,
+        limits: SchedulerLimits,
+        activity: Activity | None = None,
+        failures: FailureMemory | None = None,
     ) -> None:
         self.info: ShardInfo = shards.info
         self.failed = asyncio.Event()
@@ -47,7 +52,7 @@ class Engine:
         self._scheduler = Scheduler(shards.info, limits, self._on_loaded, self._on_evicted)
         device = self._scheduler.device
         self._directory = AdapterDirectory(
-            shards, device.ledger.capacity, device.forget, self.activity
+            shards, device.ledger.capacity, device.forget, self.activity, failures
         )
         self._generations: dict[Sequence, Generation] = {}
         self._tickets = count()
@@ -65,7 +70,9 @@ class Engine:
         """
         shards = await ShardGroup.connect(config.shards, config.shard_connect_seconds)
         limits = SchedulerLimits(config.prefill_chunk_tokens, config.prefix_caching)
-        engine = cls(shards, limits, Activity(config.metrics_max_adapters))
+        activity = Activity(config.metrics_max_adapters)
+        failures = FailureMemory(config.adapter_failure_seconds)
+        engine = cls(shards, limits, activity, failures)
         try:
             await engine._directory.start()
         except BaseException:

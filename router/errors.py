@@ -85,6 +85,8 @@ class Overloaded(RequestError):
 class AdapterError(RequestError):
     """An adapter cannot be used."""
 
+    retry_after_seconds: int = 0  # when asking again makes sense; 0 = nobody knows
+
 
 class AdapterNotFound(AdapterError):
     """The source has no such adapter."""

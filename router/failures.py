@@ -45,7 +45,7 @@ def to_response(error: Exception, *, openai: bool) -> web.Response:
     """The response for an error; an unexpected one is logged and says nothing of its cause."""
     status = status_of(error)
     headers = {}
-    if isinstance(error, Overloaded):
+    if isinstance(error, Overloaded | AdapterError) and error.retry_after_seconds:
         headers["Retry-After"] = str(error.retry_after_seconds)
     if isinstance(error, AdminUnauthorized):
         headers["WWW-Authenticate"] = "Bearer"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from lorafleet.proto.messages import AdapterKey, Tier
+from lorafleet.proto.messages import Tier
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.engine import Engine
 from lorafleet.router.errors import AdapterError, Overloaded
+from lorafleet.router.prompt import adapter_key
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ async def preload(engine: Engine, config: RouterConfig) -> None:
     gate = asyncio.Semaphore(_AT_ONCE)
 
     async def load(name: str) -> None:
-        key = AdapterKey(source, name)
+        key = adapter_key(source, name)
         async with gate:
             try:
                 await engine.control.pin(key, "", Tier.HOST)

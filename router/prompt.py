@@ -11,7 +11,7 @@ from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, refusal
 
 BASE_MODEL = "__base_model__"  # LoRAX's name for no adapter
-SOURCES = ("local", "hub")
+SOURCES = ("local", "hub", "s3", "http")
 MAX_ID_LENGTH = 512
 # What people write where an OpenAI client insists on a key.
 _PLACEHOLDER_KEYS = frozenset(
@@ -78,6 +78,7 @@ def read_adapter(
     """The adapter named by `adapter_id` and `adapter_source`; None = the base model.
 
     An alias is looked at only where no source is named, so an id can always be said in full.
+    A hub's id may have its revision: `owner/name@revision`.
     """
     source = fields.string("adapter_source", "").lower() or config.adapter_source or "hub"
     if source not in SOURCES:
@@ -89,17 +90,25 @@ def read_adapter(
         raise refusal(id_field, wanted, adapter_id)
     if not fields.string("adapter_source", "") and (found := aliases.find(adapter_id)):
         return found
-    return AdapterKey(source, adapter_id)
+    return adapter_key(source, adapter_id)
+
+
+def adapter_key(source: str, adapter_id: str) -> AdapterKey:
+    """The key of an id as people write it; a hub's may carry its revision."""
+    if source != "hub":
+        return AdapterKey(source, adapter_id)
+    name, _, revision = adapter_id.partition("@")
+    return AdapterKey(source, name, revision)
 
 
 def read_api_token(fields: Fields, adapter: AdapterKey | None, headers: Mapping[str, str]) -> str:
     """The caller's token for the adapter's source: the body's, else the bearer's; "" = none.
 
-    Local adapters need none, and a placeholder key is none.
+    Only the hub has callers of its own, and a placeholder key is none.
     """
     token = fields.string("api_token", "")
     scheme, _, bearer = headers.get("Authorization", "").partition(" ")
     if not token and scheme.lower() == "bearer":
         token = bearer.strip()
-    unused = adapter is None or adapter.source == "local"
+    unused = adapter is None or adapter.source != "hub"
     return "" if unused or token.lower() in _PLACEHOLDER_KEYS else token

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorafleet.cache.sources.http_url import AllowedHosts
 from lorafleet.proto.flags import Bytes, check_range, flag
 
 PAGE_SIZE = 16  # tokens in a KV page
@@ -67,6 +68,29 @@ class ShardConfig:
     adapter_cache_dir: str = flag(
         "~/.cache/lorafleet/adapters", "directory for downloaded adapters"
     )
+    adapter_s3_endpoint: str = flag(
+        "",
+        'base URL of the server that adapter_source "s3" asks; empty = boto3\'s own, '
+        "AWS_ENDPOINT_URL included",
+    )
+    adapter_s3_buckets: tuple[str, ...] = flag(
+        (), "the only buckets adapters may come from; none = any this server's credentials open"
+    )
+    adapter_http_hosts: tuple[str, ...] = flag(
+        (),
+        'hosts, or host:port, that adapter_source "http" may download archives from, redirects '
+        "included; none = archives are refused",
+    )
+    adapter_archive_bytes: Bytes = flag(
+        Bytes("2GiB"), "bytes an archive may have, and bytes it may have in it"
+    )
+    adapter_answer_seconds: float = flag(
+        10.0, "seconds a remote source may take to accept a connection and for each next bytes"
+    )
+    adapter_download_seconds: float = flag(
+        600.0,
+        "seconds an adapter's download may take; the next request goes on where it was given up",
+    )
     rank: int = flag(0, "this shard's rank, 0 .. num_shard - 1; set by the launcher")
     listen: str = flag(
         "127.0.0.1:7400", "gRPC address of this shard, host:port or unix:PATH; set by the launcher"
@@ -85,3 +109,13 @@ class ShardConfig:
         check_range("cuda_memory_fraction", self.cuda_memory_fraction, 0.05, 1.0)
         check_range("kv_pages", self.kv_pages, 0, 1 << 31)
         check_range("max_total_tokens", self.max_total_tokens, 0, 1 << 31)
+        check_range("adapter_archive_bytes", self.adapter_archive_bytes, 1, 1 << 50)
+        check_range("adapter_answer_seconds", self.adapter_answer_seconds, 0.01, 3600)
+        check_range("adapter_download_seconds", self.adapter_download_seconds, 0.01, 1 << 20)
+        AllowedHosts(self.adapter_http_hosts)
+        endpoint = self.adapter_s3_endpoint
+        if endpoint and not endpoint.startswith(("http://", "https://")):
+            raise ValueError(
+                "--adapter-s3-endpoint must be empty or start with http:// or https://, "
+                f"got {endpoint}"
+            )

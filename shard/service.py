@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 
 SERVICE = "lorafleet.v1.Shard"
 
-_MAX_THREADS = 64  # step stream, fetches and queries at once
+# Step stream, queries, and every fetch under way: slow sources must not keep the others waiting for
+# a thread, and the router has no more fetches than requests. Threads are made when they are needed.
+_MAX_THREADS = 4096
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 
 _CODES: dict[type[errors.AdapterFault], grpc.StatusCode] = {

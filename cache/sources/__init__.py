@@ -1,1 +1,1 @@
-"""Where adapters come from: a directory of the operator's, or the Hugging Face Hub."""
+"""Where adapters come from: the operator's directory, the Hugging Face Hub, S3, web servers."""

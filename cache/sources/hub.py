@@ -7,8 +7,9 @@ here; the library's are dropped, since they quote what was sent.
 
 from __future__ import annotations
 
-import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -31,7 +32,7 @@ from huggingface_hub.errors import (
 )
 
 from lorafleet.cache.adapter_files import WEIGHTS_FILE
-from lorafleet.cache.disk_tier import DiskTier, Download
+from lorafleet.cache.disk_tier import DiskTier, Download, Fill
 from lorafleet.cache.errors import (
     AdapterFault,
     AdapterForbidden,
@@ -39,16 +40,16 @@ from lorafleet.cache.errors import (
     AdapterUnservable,
     SourceTimeout,
     SourceUnavailable,
-    TierFull,
     shown,
 )
 from lorafleet.cache.peft_config import CONFIG_FILE
-from lorafleet.cache.sources.source import Progress
-from lorafleet.proto.messages import AdapterKey, FetchProgress
+from lorafleet.cache.sources.checksum import Checksum
+from lorafleet.cache.sources.source import Patience, Progress
+from lorafleet.cache.sources.transfer import Body, RemoteFile, Transfer, ranged_offset
+from lorafleet.proto.messages import AdapterKey
 
 SOURCE = "hub"
 
-_CHUNK_BYTES = 1 << 20
 _REPO_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
 _MAX_ID_LENGTH = 96
 _MAX_REVISION_LENGTH = 120  # as quoted: it becomes part of a directory's name
@@ -57,18 +58,18 @@ _MAX_REVISION_LENGTH = 120  # as quoted: it becomes part of a directory's name
 class HubSource:
     """`id` is a repository, `revision` a commit, branch or tag; empty is the default branch."""
 
-    def __init__(self, disk: DiskTier, endpoint: str | None, timeout_seconds: float = 10.0) -> None:
-        """`endpoint`: base URL, None for what HF_ENDPOINT says; the timeout is for each answer."""
-        self._disk, self._endpoint, self._timeout = disk, endpoint, timeout_seconds
+    def __init__(
+        self, disk: DiskTier, endpoint: str | None = None, patience: Patience | None = None
+    ) -> None:
+        """`endpoint`: base URL, None for what HF_ENDPOINT says."""
+        self._disk, self._endpoint, self._patience = disk, endpoint, patience or Patience()
 
     def fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
         """Downloads unless the files are here already; see AdapterFault for what it raises."""
         _check_token(api_token)
         _check_key(key)
-        download = self._disk.get(key)
-        if download is None:
-            download = self._download(key, api_token, progress)
-        if download is not None:  # not by this caller's request: it may not be theirs
+        download, is_mine = self._disk.get_or_put(key, lambda: self._plan(key, api_token, progress))
+        if not is_mine:  # not by this caller's request: it may not be theirs
             self._check_access(download, api_token)
         return self._disk.path(key)
 
@@ -91,7 +92,7 @@ class HubSource:
 
     def list(self) -> list[tuple[AdapterKey, Path]]:
         """Downloads that are public; the others need the hub's word for each caller."""
-        found = [download for download in self._disk.list() if not download.is_restricted]
+        found = [d for d in self._disk.list() if d.key.source == SOURCE and not d.is_restricted]
         return [(download.key, self._disk.path(download.key)) for download in found]
 
     def _check_access(self, download: Download, api_token: str) -> None:
@@ -101,23 +102,19 @@ class HubSource:
             download.key.id, CONFIG_FILE, revision=download.commit, endpoint=self._endpoint
         )
         try:
-            get_hf_file_metadata(url, token=api_token or False, timeout=self._timeout)
+            get_hf_file_metadata(
+                url, token=api_token or False, timeout=self._patience.answer_seconds
+            )
         except Exception as error:
             raise _fault(download.key, error) from None
 
-    def _download(self, key: AdapterKey, api_token: str, progress: Progress) -> Download | None:
-        """None once this call has downloaded; the record when another one was quicker."""
-        with self._disk.lock(key):
-            if download := self._disk.get(key):
-                return download
-            info = self._repository(key, api_token)
-            sizes = _sizes(key, info)
-            total = sum(sizes.values())
-            self._disk.check_room(total)
-            download = Download(key, info.sha, total, _is_restricted(info))
-            transfer = _Transfer(self._endpoint, self._timeout, download, api_token, progress)
-            self._disk.put(download, lambda directory: transfer.run(directory, list(sizes)))
-        return None
+    def _plan(self, key: AdapterKey, api_token: str, progress: Progress) -> tuple[Download, Fill]:
+        info = self._repository(key, api_token)
+        files = _files(key, info)
+        download = Download(key, info.sha, sum(f.nbytes for f in files), _is_restricted(info))
+        remote = _Repository(key, info.sha, api_token, self._endpoint, self._patience)
+        transfer = Transfer(remote, self._patience, progress)
+        return download, lambda directory: transfer.run(directory, files)
 
     def _repository(self, key: AdapterKey, api_token: str) -> Any:
         try:
@@ -125,7 +122,7 @@ class HubSource:
                 key.id,
                 revision=key.revision or None,
                 files_metadata=True,
-                timeout=self._timeout,
+                timeout=self._patience.answer_seconds,
                 token=api_token or False,
             )
         except Exception as error:
@@ -135,50 +132,43 @@ class HubSource:
         return info
 
 
-class _Transfer:
-    """One adapter's files on their way from the hub to a directory."""
+class _Repository:
+    """One commit of a repository, read with one caller's token."""
 
     def __init__(
         self,
-        endpoint: str | None,
-        timeout: float,
-        download: Download,
+        key: AdapterKey,
+        commit: str,
         api_token: str,
-        progress: Progress,
+        endpoint: str | None,
+        patience: Patience,
     ) -> None:
-        self._endpoint, self._timeout, self._download = endpoint, timeout, download
+        self.name = shown(str(key))
+        self._key, self._commit, self._endpoint, self._patience = key, commit, endpoint, patience
         self._headers = {"Accept-Encoding": "identity"}
         if api_token:
             self._headers["Authorization"] = f"Bearer {api_token}"
-        self._progress, self._done = progress, 0
 
-    def run(self, directory: Path, names: list[str]) -> None:
-        """Writes the files. Raises AdapterFault subclasses."""
-        for name in names:
-            try:
-                self._file(directory / name)
-            except AdapterFault:
-                raise
-            except Exception as error:
-                raise _fault(self._download.key, error) from None
-
-    def _file(self, path: Path) -> None:
+    @contextmanager
+    def open(self, file: RemoteFile, offset: int) -> Iterator[Body]:
         """Streams one file, so that it needs neither the hub's cache nor its transfer services."""
-        key, commit = self._download.key, self._download.commit
-        url = hf_hub_url(key.id, path.name, revision=commit, endpoint=self._endpoint)
-        with (
-            get_session().stream(
-                "GET", url, headers=self._headers, timeout=self._timeout, follow_redirects=True
-            ) as response,
-            path.open("wb") as file,
-        ):
+        url = hf_hub_url(self._key.id, file.name, revision=self._commit, endpoint=self._endpoint)
+        headers = self._headers | ({"Range": f"bytes={offset}-"} if offset else {})
+        with get_session().stream(
+            "GET",
+            url,
+            headers=headers,
+            timeout=self._patience.answer_seconds,
+            follow_redirects=True,
+        ) as response:
             hf_raise_for_status(response)
-            for chunk in response.iter_bytes(_CHUNK_BYTES):
-                self._done += len(chunk)
-                if self._done > self._download.nbytes:
-                    raise SourceUnavailable(f"The hub sent more of {shown(key.id)} than it said.")
-                file.write(chunk)
-                self._progress(FetchProgress("downloading", self._done, self._download.nbytes))
+            content_range = response.headers.get("Content-Range", "")
+            start = ranged_offset(response.status_code, content_range, offset)
+            yield Body(start, response.iter_bytes())
+
+    def fault(self, error: Exception) -> AdapterFault:
+        """An error of the hub's library or of its HTTP client."""
+        return _fault(self._key, error)
 
 
 def _check_token(api_token: str) -> None:
@@ -194,15 +184,24 @@ def _check_key(key: AdapterKey) -> None:
         raise AdapterNotFound(f"{shown(key.id)} has no revision {shown(key.revision)}.")
 
 
-def _sizes(key: AdapterKey, info: Any) -> dict[str, int]:
-    """Bytes of the files to download, config first."""
-    present = {file.rfilename: file.size for file in info.siblings or []}
+def _files(key: AdapterKey, info: Any) -> list[RemoteFile]:
+    """The files to download, config first."""
+    present = {sibling.rfilename: sibling for sibling in info.siblings or []}
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if name not in present:
             raise AdapterUnservable(f"{shown(str(key))} has no {name}.")
-        if type(present[name]) is not int or present[name] < 0:
+        size = present[name].size
+        if type(size) is not int or size < 0:
             raise SourceUnavailable(f"The hub did not say how large {name} of {shown(key.id)} is.")
-    return {name: present[name] for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    names = (CONFIG_FILE, WEIGHTS_FILE)
+    return [RemoteFile(name, present[name].size, _checksum(present[name])) for name in names]
+
+
+def _checksum(sibling: Any) -> Checksum | None:
+    """A large file's sha256 or a small one's name in git; some mirrors say neither."""
+    if sibling.lfs is not None:
+        return Checksum("sha256", sibling.lfs.sha256.lower())
+    return Checksum("git-sha1", sibling.blob_id.lower()) if sibling.blob_id else None
 
 
 def _is_restricted(info: Any) -> bool:
@@ -229,6 +228,6 @@ def _fault(key: AdapterKey, error: Exception) -> AdapterFault:
     if any("Timeout" in kind.__name__ for kind in type(error).__mro__):
         # httpx's in versions 1 of the library, httpx2's in versions 2: only the name is the same.
         return SourceTimeout(f"The hub took too long to answer for {name}.")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TierFull(f"The disk has no room left for {name}.")
-    return SourceUnavailable(f"The hub cannot be reached for {name} ({type(error).__name__}).")
+    return SourceUnavailable(
+        f"The hub cannot be reached for {name}, or broke off ({type(error).__name__})."
+    )

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from lorafleet.proto.messages import AdapterKey, FetchProgress
 
 Progress = Callable[[FetchProgress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a remote source may take, in seconds."""
+
+    answer_seconds: float = 10.0  # to accept a connection, and for each next piece of an answer
+    download_seconds: float = 600.0  # for an adapter's files altogether
 
 
 class AdapterSource(Protocol):

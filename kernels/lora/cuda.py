@@ -214,6 +214,6 @@ def _entry_expand() -> Callable[..., None]:
 @cache
 def _entry_prefill() -> Callable[..., None]:
     return bind(
-        "lorafleet_lora_prefill", c_int, *_POINTERS, *_POINTERS, c_void_p, *_SITE, *[c_int] * 4, c_void_p,
+        "lorafleet_lora_prefill", c_int, *[c_void_p] * 5, *_SITE, *[c_int] * 4, c_void_p,
         *[c_int] * 4, c_void_p,
     )  # fmt: skip

@@ -67,6 +67,12 @@ class Settings:
     adapter_cache_dir: str
     adapter_host_bytes: Bytes = Bytes("64MiB")
     adapter_disk_bytes: Bytes = Bytes("64MiB")
+    adapter_s3_endpoint: str = ""
+    adapter_s3_buckets: tuple[str, ...] = ()
+    adapter_http_hosts: tuple[str, ...] = ()
+    adapter_archive_bytes: Bytes = Bytes("64MiB")
+    adapter_answer_seconds: float = 10.0
+    adapter_download_seconds: float = 60.0
 
 
 def config_of(rank: int = 4, **fields: Any) -> dict[str, Any]:

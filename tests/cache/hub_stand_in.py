@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,6 +27,13 @@ class Repo:
     is_gated: bool = False  # listed for everyone, files for `token` only
     status: int = 0  # answer everything with this status
     cut_bytes: int = 0  # bytes to leave out at the end of every file
+    cut_file: str = ""  # of this one only
+    num_cuts: int = -1  # answers to cut so; -1 = all
+    has_ranges: bool = True
+    has_checksums: bool = True
+    is_corrupt: bool = False  # flip a bit of every file
+    first_bytes: int = 0  # bytes of an answer that do not wait for the gate
+    trickle_seconds: float = 0.0  # pause after every byte
     gate: Event = field(default_factory=Event)  # files wait for it
     branches: tuple[str, ...] = ("main",)
 
@@ -47,8 +54,10 @@ class Hub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []  # "METHOD path"
+        self.ranges: list[str] = []  # one per request that had one
         self.tokens: list[str] = []  # one per request that had one
         self.endpoint = ""
+        self.is_over = Event()
 
     @contextmanager
     def serve(self) -> Iterator[Hub]:
@@ -61,6 +70,7 @@ class Hub:
         try:
             yield self
         finally:
+            self.is_over.set()
             for repo in self.repos.values():
                 repo.gate.set()
             server.shutdown()
@@ -120,8 +130,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _model(self, name: str, revision: str, token: str) -> None:
             repo = self._repo(name, revision, token, files=False)
             if repo is not None:
-                files = sorted(repo.directory.iterdir())
-                siblings = [{"rfilename": f.name, "size": f.stat().st_size} for f in files]
+                siblings = [_sibling(repo, path) for path in sorted(repo.directory.iterdir())]
                 model = {
                     "id": name,
                     "sha": repo.commit,
@@ -141,27 +150,72 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if not path.is_file():
                 self._fail(404, "EntryNotFound")
                 return
-            repo.gate.wait()
+            if not repo.first_bytes:
+                repo.gate.wait()
             content = path.read_bytes()
+            if repo.is_corrupt:
+                content = content[:-1] + bytes([content[-1] ^ 1])
             etag = f'"{hashlib.sha1(content).hexdigest()}"'
-            self._send(200, content, {"ETag": etag, "X-Repo-Commit": repo.commit}, repo.cut_bytes)
+            headers = {"ETag": etag, "X-Repo-Commit": repo.commit}
+            start, status = 0, 200
+            if repo.has_ranges and (asked := self.headers.get("Range", "")):
+                hub.ranges.append(asked)
+                start, status = int(asked.removeprefix("bytes=").removesuffix("-")), 206
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            cut = repo.cut_bytes if repo.num_cuts and repo.cut_file in ("", file) else 0
+            repo.num_cuts -= 1 if cut and repo.num_cuts > 0 else 0
+            self._send(status, content[start:], headers, repo, cut)
 
         def _fail(self, status: int, code: str, message: str = "no") -> None:
             headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
             self._send(status, b"", headers)
 
-        def _send(self, status: int, body: bytes, headers: dict[str, str], cut: int = 0) -> None:
+        def _send(
+            self,
+            status: int,
+            body: bytes,
+            headers: dict[str, str],
+            repo: Repo | None = None,
+            cut: int = 0,
+        ) -> None:
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(body[: len(body) - cut])
+                with suppress(ConnectionError):  # a client that gives up or is killed
+                    self._write(repo, body[: max(0, len(body) - cut)])
             if cut:
                 self.close_connection = True
 
+        def _write(self, repo: Repo | None, body: bytes) -> None:
+            if repo is not None and repo.trickle_seconds:
+                for byte in body:
+                    self.wfile.write(bytes([byte]))
+                    if hub.is_over.wait(repo.trickle_seconds):
+                        return
+            elif repo is not None and 0 < repo.first_bytes < len(body):
+                self.wfile.write(body[: repo.first_bytes])
+                repo.gate.wait()
+                self.wfile.write(body[repo.first_bytes :])
+            else:
+                self.wfile.write(body)
+
     return Handler
+
+
+def _sibling(repo: Repo, path: Path) -> dict[str, object]:
+    """A file as the API lists it: large ones with their sha256, small ones with git's name."""
+    content = path.read_bytes()
+    sibling: dict[str, object] = {"rfilename": path.name, "size": len(content)}
+    if repo.has_checksums:
+        sibling["blobId"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        if path.suffix == ".safetensors":
+            digest = hashlib.sha256(content).hexdigest()
+            sibling["lfs"] = {"size": len(content), "sha256": digest, "pointerSize": 134}
+            sibling["blobId"] = "0" * 40  # the pointer's, which says nothing of the content
+    return sibling
 
 
 def main(root: Path) -> None:

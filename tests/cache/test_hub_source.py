@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +26,21 @@ from lorafleet.cache.errors import (
     TierFull,
 )
 from lorafleet.cache.sources.hub import HubSource
+from lorafleet.cache.sources.source import Patience
 from lorafleet.proto.messages import AdapterKey, FetchProgress
-from tests.cache.adapter_cases import config_of, write_adapter
+from tests.cache.adapter_cases import config_of, tensors_of, write_adapter
 from tests.cache.hub_stand_in import Hub, Repo
 
 KEY = AdapterKey("hub", "owner/adapter")
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+FETCH = """
+import sys; from pathlib import Path
+from lorafleet.cache.disk_tier import DiskTier
+from lorafleet.cache.sources.hub import HubSource
+from lorafleet.proto.messages import AdapterKey
+source = HubSource(DiskTier(Path(sys.argv[1]), 1 << 20))
+print(source.fetch(AdapterKey('hub', 'owner/adapter'), '', lambda progress: None))
+"""
 
 
 @pytest.fixture
@@ -56,8 +66,9 @@ def ignore(progress: FetchProgress) -> None:
 
 
 def leftovers(tmp_path: Path) -> list[str]:
-    """What is in the cache besides locks."""
-    return [path.name for path in (tmp_path / "cache").iterdir() if path.name != ".locks"]
+    """Every file in the cache, locks of adapters included."""
+    files = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    return [path.name for path in files if path.name != ".room"]
 
 
 def test_downloads_the_adapters_files_once(source: HubSource, hub: Hub, tmp_path: Path) -> None:
@@ -186,22 +197,104 @@ def test_no_hub_is_unavailable(disk: DiskTier) -> None:
             source.fetch(KEY, "hf_secret", ignore)
 
 
-def test_a_download_that_breaks_off_leaves_nothing(
-    source: HubSource, hub: Hub, tmp_path: Path
+@pytest.mark.parametrize("has_checksums", [True, False])
+def test_a_download_that_breaks_off_goes_on_where_it_did(
+    source: HubSource, hub: Hub, has_checksums: bool, tmp_path: Path
+) -> None:
+    repo = hub.repos["owner/adapter"]
+    repo.has_checksums = has_checksums
+    repo.cut_file, repo.cut_bytes, repo.num_cuts = FILES[1], 1000, 1
+    directory = source.fetch(KEY, "", ignore)
+    size = (tmp_path / "hub" / FILES[1]).stat().st_size
+    assert hub.ranges == [f"bytes={size - 1000}-"]
+    for name in FILES:
+        assert (directory / name).read_bytes() == (tmp_path / "hub" / name).read_bytes()
+    assert sorted(path.name for path in directory.iterdir()) == sorted([*FILES, "download.json"])
+
+
+def test_without_ranges_it_begins_anew(source: HubSource, hub: Hub, tmp_path: Path) -> None:
+    repo = hub.repos["owner/adapter"]
+    repo.has_ranges, repo.cut_bytes, repo.num_cuts = False, 10, 1
+    directory = source.fetch(KEY, "", ignore)
+    for name in FILES:
+        assert (directory / name).read_bytes() == (tmp_path / "hub" / name).read_bytes()
+
+
+def test_a_source_that_always_breaks_off_is_given_up_soon_and_gone_on_with_later(
+    source: HubSource, hub: Hub
 ) -> None:
     hub.repos["owner/adapter"].cut_bytes = 10
+    with pytest.raises(SourceUnavailable, match="'owner/adapter', or broke off"):
+        source.fetch(KEY, "", ignore)
+    assert hub.count("GET /owner/adapter/resolve") <= 5
+    assert source.list() == []
+    hub.repos["owner/adapter"].cut_bytes = 0
+    hub.ranges.clear()
+    source.fetch(KEY, "", ignore)
+    assert len(hub.ranges) == 1
+
+
+def test_a_new_commit_begins_anew(source: HubSource, hub: Hub, tmp_path: Path) -> None:
+    repo = hub.repos["owner/adapter"]
+    repo.cut_bytes = 10
     with pytest.raises(SourceUnavailable):
         source.fetch(KEY, "", ignore)
-    assert leftovers(tmp_path) == []
-    hub.repos["owner/adapter"].cut_bytes = 0
-    source.fetch(KEY, "", ignore)
+    write_adapter(tmp_path / "hub", tensors=tensors_of(seed=1))
+    repo.cut_bytes = 0
+    hub.ranges.clear()
+    directory = source.fetch(KEY, "", ignore)
+    assert hub.ranges == []
+    assert (directory / FILES[1]).read_bytes() == (tmp_path / "hub" / FILES[1]).read_bytes()
 
 
-def test_a_slow_hub_times_out(disk: DiskTier, hub: Hub, tmp_path: Path) -> None:
+def test_other_content_than_the_hub_says_is_never_served(
+    source: HubSource, hub: Hub, tmp_path: Path
+) -> None:
+    hub.repos["owner/adapter"].is_corrupt = True
+    with pytest.raises(SourceUnavailable, match=f"{FILES[0]} .* other content"):
+        source.fetch(KEY, "", ignore)
+    assert hub.count("GET /owner/adapter/resolve") == 1  # nothing tells that it would get better
+    assert source.list() == []
+    hub.repos["owner/adapter"].is_corrupt = False
+    directory = source.fetch(KEY, "", ignore)
+    assert (directory / FILES[0]).read_bytes() == (tmp_path / "hub" / FILES[0]).read_bytes()
+
+
+def test_a_slow_hub_times_out(disk: DiskTier, hub: Hub) -> None:
     hub.repos["owner/adapter"].gate.clear()
-    with pytest.raises(SourceTimeout):
-        HubSource(disk, hub.endpoint, timeout_seconds=0.2).fetch(KEY, "", ignore)
-    assert leftovers(tmp_path) == []
+    with pytest.raises(SourceTimeout, match="too long to answer"):
+        HubSource(disk, hub.endpoint, Patience(answer_seconds=0.2)).fetch(KEY, "", ignore)
+
+
+def test_a_hub_that_trickles_times_out(disk: DiskTier, hub: Hub) -> None:
+    hub.repos["owner/adapter"].trickle_seconds = 0.02  # every byte an answer in time
+    started = time.monotonic()
+    with pytest.raises(SourceTimeout, match=r"did not arrive within 0\.3 seconds"):
+        HubSource(disk, hub.endpoint, Patience(5.0, 0.3)).fetch(KEY, "", ignore)
+    assert time.monotonic() - started < 3
+
+
+def test_a_killed_download_is_never_served_and_gone_on_with(hub: Hub, tmp_path: Path) -> None:
+    repo = hub.repos["owner/adapter"]
+    repo.first_bytes = 2000  # the config whole, and the beginning of the weights
+    repo.gate.clear()
+    command = [sys.executable, "-P", "-c", FETCH, str(tmp_path / "cache")]
+    environment = os.environ | {"HF_ENDPOINT": hub.endpoint}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        weights = tmp_path / "cache" / ".partial" / "hub" / "owner%2Fadapter@" / FILES[1]
+        deadline = time.monotonic() + 30
+        while not (weights.exists() and weights.stat().st_size == 2000):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+    repo.gate.set()
+    disk = DiskTier(tmp_path / "cache", 1 << 20)
+    assert disk.list() == []
+    hub.ranges.clear()
+    directory = HubSource(disk, hub.endpoint).fetch(KEY, "", ignore)
+    assert hub.ranges == ["bytes=2000-"]
+    assert (directory / FILES[1]).read_bytes() == (tmp_path / "hub" / FILES[1]).read_bytes()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -217,7 +310,7 @@ def test_a_repository_without_an_adapter_is_unservable(
 def test_a_full_disk_tier_refuses_before_it_downloads(hub: Hub, tmp_path: Path) -> None:
     disk = DiskTier(tmp_path / "cache", 4_000)
     other = Download(AdapterKey("hub", "someone/other"), "c0ffee", 3_000, False)
-    disk.put(other, lambda directory: None)
+    disk.put(other, lambda directory: 3_000)
     with pytest.raises(TierFull, match="1000 of 4000 are free"):
         HubSource(disk, hub.endpoint).fetch(KEY, "", ignore)
     assert hub.count("resolve") == 0
@@ -241,15 +334,11 @@ def test_dropping_frees_the_disk(source: HubSource, disk: DiskTier, tmp_path: Pa
         source.authorize(KEY, "")
 
 
-def test_what_a_dead_process_left_is_replaced(source: HubSource, disk: DiskTier) -> None:
-    directory = disk.path(KEY)
-    aside = directory.with_name(f".{directory.name}")
-    for leftover in (directory, aside):
-        write_adapter(leftover, config_of(8))
-        (leftover / "download.json").write_text("{}")
+def test_a_directory_without_a_record_is_replaced(source: HubSource, disk: DiskTier) -> None:
+    write_adapter(disk.path(KEY), config_of(8))
+    (disk.path(KEY) / "download.json").write_text("{}")
     assert source.list() == []
     assert b'"r": 4' in (source.fetch(KEY, "", ignore) / FILES[0]).read_bytes()
-    assert not aside.exists()
 
 
 def test_callers_of_several_sources_share_one_download(hub: Hub, tmp_path: Path) -> None:
@@ -274,16 +363,8 @@ def test_callers_of_several_sources_share_one_download(hub: Hub, tmp_path: Path)
 
 
 def test_hf_endpoint_is_honoured(hub: Hub, tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path\n"
-        "from lorafleet.cache.disk_tier import DiskTier\n"
-        "from lorafleet.cache.sources.hub import HubSource\n"
-        "from lorafleet.proto.messages import AdapterKey\n"
-        "source = HubSource(DiskTier(Path(sys.argv[1]), 1 << 20), None)\n"
-        "print(source.fetch(AdapterKey('hub', 'owner/adapter'), '', lambda progress: None))\n"
-    )
     done = subprocess.run(
-        [sys.executable, "-P", "-c", program, str(tmp_path / "cache")],
+        [sys.executable, "-P", "-c", FETCH, str(tmp_path / "cache")],
         env={**os.environ, "HF_ENDPOINT": hub.endpoint},
         capture_output=True,
         text=True,

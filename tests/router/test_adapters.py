@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from lorafleet.router.errors import (
     SourceTimeout,
     SourceUnavailable,
 )
+from lorafleet.router.failure_memory import FailureMemory
 from lorafleet.router.shards import ShardGroup
 from tests.fakes import SECRET, FakeConfig, FakeShard
 
@@ -38,11 +40,14 @@ def hub(name: str) -> AdapterKey:
 
 
 @asynccontextmanager
-async def directory_of(*shards: FakeShard) -> AsyncIterator[tuple[AdapterDirectory, list[Adapter]]]:
+async def directory_of(
+    *shards: FakeShard, clock: Callable[[], float] = time.monotonic
+) -> AsyncIterator[tuple[AdapterDirectory, list[Adapter]]]:
     """A directory on these ranks, and the adapters it drops."""
     group = await ShardGroup.connect([shard.address for shard in shards], 20.0)
     dropped: list[Adapter] = []
-    directory = AdapterDirectory(group, group.info.arena_bytes, dropped.append)
+    failures = FailureMemory(clock=clock)
+    directory = AdapterDirectory(group, group.info.arena_bytes, dropped.append, failures=failures)
     await directory.start()
     try:
         yield directory, dropped
@@ -88,9 +93,69 @@ async def test_a_failed_fetch_is_the_requests_error_and_changes_nothing(
             for _ in range(2):
                 with pytest.raises(kind, match=words):
                     await directory.acquire(local(name), "")
-            assert len(shard.fetches) == 2  # a failure is not remembered
+            assert len(shard.fetches) == 2  # a local failure is not remembered
             assert list(directory) == []
             directory.check(is_idle=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("missing", AdapterNotFound),
+        ("broken", AdapterUnservable),
+        ("down", SourceUnavailable),
+        ("slow", SourceTimeout),
+        ("private-1", AdapterForbidden),
+    ],
+)
+async def test_a_remote_failure_is_remembered_for_that_token_and_revision(
+    name: str, kind: type[RequestError]
+) -> None:
+    now = [100.0]
+    with FakeShard() as shard:
+        async with directory_of(shard, clock=lambda: now[0]) as (directory, _):
+
+            async def ask(key: AdapterKey, token: str = "") -> str:
+                with pytest.raises(kind) as caught:
+                    await directory.acquire(key, token)
+                return str(caught.value)
+
+            assert "Remembered" not in await ask(hub(name))
+            for _ in range(3):
+                assert "tried again in 1 s" in await ask(hub(name))
+            assert len(shard.fetches) == 1
+            await ask(hub(name), "a token")
+            await ask(replace(hub(name), revision="v2"))
+            assert len(shard.fetches) == 3
+            now[0] += 1.0
+            assert "Remembered" not in await ask(hub(name))
+            assert "tried again in 2 s" in await ask(hub(name))
+            assert len(shard.fetches) == 4
+
+
+async def test_requests_that_share_a_failing_fetch_count_once() -> None:
+    now = [100.0]
+    with FakeShard() as shard:
+        async with directory_of(shard, clock=lambda: now[0]) as (directory, _):
+            shard.fetching.close()
+            asked = [asyncio.create_task(directory.acquire(hub("down"), "")) for _ in range(8)]
+            await _fetched(shard, "down")
+            shard.fetching.open()
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            assert {type(answer) for answer in answers} == {SourceUnavailable}
+            assert len(shard.fetches) == 1
+            with pytest.raises(SourceUnavailable, match="again in 1 s"):
+                await directory.acquire(hub("down"), "")
+
+
+async def test_a_failure_is_nobody_elses() -> None:
+    with FakeShard() as shard:
+        async with directory_of(shard) as (directory, _):
+            with pytest.raises(AdapterForbidden):
+                await directory.acquire(hub("private-1"), "wrong")
+            (await directory.acquire(hub("private-1"), SECRET)).close()
+            with pytest.raises(AdapterForbidden, match="Remembered"):
+                await directory.acquire(hub("private-1"), "wrong")
 
 
 async def test_the_least_recently_used_adapter_makes_room() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -285,7 +286,44 @@ async def test_adapter_errors_have_a_status_even_in_streams(
     assert answer["error"]
 
 
-async def test_api_tokens_go_to_remote_sources_only() -> None:
+@pytest.mark.parametrize(("adapter", "status"), [("down", 502), ("slow", 504), ("missing", 404)])
+async def test_a_remembered_failure_says_so_and_when_to_come_again(
+    adapter: str, status: int
+) -> None:
+    async with serving() as service:
+        chosen = {"adapter_id": adapter, "adapter_source": "hub", "api_token": SECRET}
+        body = {"inputs": "abc", "parameters": chosen}
+        for words in ("", "Remembered"):
+            response = await service.post("/generate", body)
+            assert response.status == status
+            assert response.headers.get("Retry-After") == ("1" if status >= 500 else None)
+            error = (await response.json())["error"]
+            assert words in error
+            assert SECRET not in error
+        assert len(service.shard.fetches) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "key"),
+    [
+        ("hub", "adapter-1", AdapterKey("hub", "adapter-1")),
+        ("hub", "adapter-1@refs/pr/1", AdapterKey("hub", "adapter-1", "refs/pr/1")),
+        ("s3", "s3://b/a@1", AdapterKey("s3", "s3://b/a@1")),
+        ("http", "https://host/a@1.zip", AdapterKey("http", "https://host/a@1.zip")),
+        ("local", "adapter-1@v1", AdapterKey("local", "adapter-1@v1")),
+    ],
+)
+async def test_a_revision_is_the_hubs_only(source: str, name: str, key: AdapterKey) -> None:
+    async with serving() as service:
+        chosen = {"adapter_id": name, "adapter_source": source, "max_new_tokens": 1}
+        body = {"inputs": "abc", "parameters": chosen}
+        response = await service.post("/generate", body)
+        if response.status == 200:
+            assert unquote(response.headers["x-adapter-id"]) == name
+        assert service.shard.fetches[0].key == key
+
+
+async def test_api_tokens_go_to_the_hub_only() -> None:
     async with serving() as service:
         remote = {"adapter_id": "private-1", "adapter_source": "HUB", "max_new_tokens": 1}
         body = {"inputs": "abc", "parameters": remote}
@@ -296,8 +334,11 @@ async def test_api_tokens_go_to_remote_sources_only() -> None:
         await service.json("/generate", body, status=403, Authorization="Bearer EMPTY")
         local = {"adapter_id": "adapter-1", "api_token": SECRET, "max_new_tokens": 1}
         await service.json("/generate", {"inputs": "abc", "parameters": local})
+        for source in ("s3", "http"):
+            other = local | {"adapter_source": source}
+            await service.json("/generate", {"inputs": "abc", "parameters": other})
         tokens = {(fetch.key.source, fetch.api_token) for fetch in service.shard.fetches}
-    assert tokens == {("hub", SECRET), ("hub", ""), ("local", "")}
+    assert tokens == {("hub", SECRET), ("hub", ""), ("local", ""), ("s3", ""), ("http", "")}
 
 
 BAD_PARAMETERS: list[tuple[dict[str, Any], str]] = [
@@ -323,7 +364,10 @@ BAD_PARAMETERS: list[tuple[dict[str, Any], str]] = [
     ({"stop": [1]}, "`stop` must be a string, got 1"),
     ({"return_k_alternatives": 21}, "`return_k_alternatives` must be an integer between 1 and 20"),
     ({"details": "yes"}, "`details` must be true or false, got 'yes'"),
-    ({"adapter_source": "s3"}, "`adapter_source` must be one of local, hub, got 's3'"),
+    (
+        {"adapter_source": "pbase"},
+        "`adapter_source` must be one of local, hub, s3, http, got 'pbase'",
+    ),
     ({"adapter_id": 3}, "`adapter_id` must be a string, got 3"),
     ({"adapter_id": "a\nb"}, "`adapter_id` must be at most 512 printable characters"),
     ({"adapter_id": "a" * 513}, "`adapter_id`"),

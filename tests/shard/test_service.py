@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -33,11 +35,13 @@ from lorafleet.proto.messages import (
     Tier,
 )
 from lorafleet.shard.service import SERVICE
+from tests.cache.hub_stand_in import Hub, Repo
 from tests.checkpoints import RECIPES, make_adapters, make_checkpoint
 from tests.e2e.oracle import Oracle
 
 PROMPT = [10, 20, 30, 40, 50]
 KEY = AdapterKey("local", "r16-all")
+_NUM_SLOW = 80
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,25 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shard]:
         assert process.stdin is not None
         process.stdin.close()  # as when the launcher is gone
         assert process.wait(30) == 0
+
+
+@contextmanager
+def another_shard(shard: Shard, hub: str) -> Iterator[Shard]:
+    """A process of its own whose hub is at this address."""
+    folder = shard.model.parent
+    address = f"unix:{folder}/another.sock"
+    command = [sys.executable, "-P", "-m", "lorafleet.shard", f"--model-id={shard.model}"]
+    command += [f"--listen={address}", f"--adapter-root={shard.adapters}", "--kv-pages=8"]
+    command += [f"--adapter-cache-dir={folder / 'cache'}"]
+    environment = os.environ | {"HF_ENDPOINT": hub}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        try:
+            _check_events(process)
+            with grpc.insecure_channel(address) as channel:
+                stub = shard_pb2_grpc.ShardStub(channel)
+                yield replace(shard, process=process, channel=channel, stub=stub)
+        finally:
+            process.kill()
 
 
 def _check_events(process: subprocess.Popen[bytes]) -> None:
@@ -201,6 +224,32 @@ def test_a_bad_adapter_is_an_answer_not_a_failure(
     stream = Stream(shard)
     assert len(generate(stream, 2)) == 2
     stream.close()
+
+
+def test_many_slow_downloads_delay_nobody(shard: Shard) -> None:
+    """Each holds a thread of the shard for as long as its source trickles."""
+    with Hub().serve() as hub, ExitStack() as stack:
+        for number in range(_NUM_SLOW):
+            repo = hub.repos[f"slow/{number}"] = Repo(shard.adapters / KEY.id)
+            repo.trickle_seconds = 0.2
+        own = stack.enter_context(another_shard(shard, hub.endpoint))
+        calls = [
+            own.stub.FetchAdapter(
+                encode(FetchAdapterRequest(AdapterKey("hub", f"slow/{number}"), Tier.HOST))
+            )
+            for number in range(_NUM_SLOW)
+        ]
+        for call in calls:
+            stack.callback(call.cancel)
+        deadline = time.monotonic() + 60
+        while hub.count("GET /slow/") < _NUM_SLOW:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        started = time.monotonic()
+        assert fetch(own, Tier.HOST).tier == Tier.HOST
+        assert decode(own.stub.Describe(shard_pb2.DescribeRequest())).rank == 0
+        assert time.monotonic() - started < 5
+        assert not any(call.done() for call in calls)
 
 
 def test_an_error_in_the_compute_loop_ends_the_process(shard: Shard, tmp_path: Path) -> None:
