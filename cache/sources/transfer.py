@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
-
 from lorafleet.cache.errors import AdapterFault, SourceTimeout, SourceUnavailable, TierFull
 from lorafleet.cache.sources.checksum import Checksum
 from lorafleet.cache.sources.source import Patience, Progress
@@ -86,6 +84,14 @@ class Transfer:
         return self._total
 
     def _bring(self, path: Path, file: RemoteFile) -> None:
+        # On use: a shard with local adapters only, as `make gpu` starts, needs no such library.
+        from tenacity import (
+            Retrying,
+            retry_if_exception,
+            stop_after_attempt,
+            wait_random_exponential,
+        )
+
         if file.checksum is None and not file.has_own_checksums:
             path.unlink(missing_ok=True)  # nothing could tell what is in a file of another time
         before, most = self._done, 0
