@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from lorafleet.deploy.cli import main
+from tests.checkpoints import RECIPES
 from tests.e2e.questions import Family
 from tests.e2e.service import Service, serve
 
@@ -102,7 +103,7 @@ def test_check_gates_a_pipeline(
     config = tmp_path / "model"
     config.mkdir()
     (config / "config.json").write_bytes((made.model / "config.json").read_bytes())
-    good = sorted(str(path) for path in made.adapter_root.iterdir())
+    good = sorted(str(made.adapter_root / recipe.name) for recipe in RECIPES)
     flags = (f"--model-id={config}", "--num-shard=2", "--json")
     assert main(["adapters", "check", *good, *flags]) == 0
     verdicts = json.loads(capsys.readouterr().out)
