@@ -22,6 +22,7 @@ from lorafleet.cache.errors import (
 )
 from lorafleet.cache.sources.archive import unpack
 from lorafleet.cache.sources.checksum import Checksum
+from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.http_url import AllowedHosts, ArchiveUrl
 from lorafleet.cache.sources.source import Patience, Progress
 from lorafleet.cache.sources.transfer import Body, RemoteFile, Transfer, ranged_offset
@@ -34,7 +35,7 @@ _CHUNK_BYTES = 64 << 10
 _MAX_REDIRECTS = 5
 
 
-class HttpSource:
+class HttpSource(Downloads):
     """`id` is the URL of a tar.gz or zip, with `#sha256=` and the archive's hash where it is known.
 
     Nothing of the caller's is sent: no token, no cookie, no name.
@@ -48,7 +49,8 @@ class HttpSource:
         patience: Patience | None = None,
     ) -> None:
         """`max_bytes`: of an archive, and of what is in it. Raises ValueError for a bad host."""
-        self._disk, self._hosts, self._max_bytes = disk, AllowedHosts(hosts), max_bytes
+        super().__init__(disk, SOURCE)
+        self._hosts, self._max_bytes = AllowedHosts(hosts), max_bytes
         self._patience = patience or Patience()
 
     def fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
@@ -60,20 +62,6 @@ class HttpSource:
 
     def authorize(self, key: AdapterKey, api_token: str) -> None:
         """Everyone may use what an allowed host gives to everyone."""
-
-    def disk_bytes(self, key: AdapterKey) -> int:
-        """The size of the adapter's files, unpacked."""
-        download = self._disk.get(key)
-        return download.nbytes if download else 0
-
-    def drop(self, key: AdapterKey) -> None:
-        """Deletes the adapter's files."""
-        self._disk.drop(key)
-
-    def list(self) -> list[tuple[AdapterKey, Path]]:
-        """Every download."""
-        keys = (download.key for download in self._disk.list())
-        return [(key, self._disk.path(key)) for key in keys if key.source == SOURCE]
 
     def _plan(self, key: AdapterKey, url: ArchiveUrl, progress: Progress) -> tuple[Download, Fill]:
         remote = _Archive(key, url, self._hosts, self._patience)

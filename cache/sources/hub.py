@@ -44,6 +44,7 @@ from lorafleet.cache.errors import (
 )
 from lorafleet.cache.peft_config import CONFIG_FILE
 from lorafleet.cache.sources.checksum import Checksum
+from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import Patience, Progress
 from lorafleet.cache.sources.transfer import Body, RemoteFile, Transfer, ranged_offset
 from lorafleet.proto.messages import AdapterKey
@@ -55,14 +56,15 @@ _MAX_ID_LENGTH = 96
 _MAX_REVISION_LENGTH = 120  # as quoted: it becomes part of a directory's name
 
 
-class HubSource:
+class HubSource(Downloads):
     """`id` is a repository, `revision` a commit, branch or tag; empty is the default branch."""
 
     def __init__(
         self, disk: DiskTier, endpoint: str | None = None, patience: Patience | None = None
     ) -> None:
         """`endpoint`: base URL, None for what HF_ENDPOINT says."""
-        self._disk, self._endpoint, self._patience = disk, endpoint, patience or Patience()
+        super().__init__(disk, SOURCE)
+        self._endpoint, self._patience = endpoint, patience or Patience()
 
     def fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
         """Downloads unless the files are here already; see AdapterFault for what it raises."""
@@ -80,20 +82,6 @@ class HubSource:
         if download is None:
             raise AdapterNotFound(f"{shown(str(key))} is not here any more; fetch it again.")
         self._check_access(download, api_token)
-
-    def disk_bytes(self, key: AdapterKey) -> int:
-        """The download's size."""
-        download = self._disk.get(key)
-        return download.nbytes if download else 0
-
-    def drop(self, key: AdapterKey) -> None:
-        """Deletes the download."""
-        self._disk.drop(key)
-
-    def list(self) -> list[tuple[AdapterKey, Path]]:
-        """Downloads that are public; the others need the hub's word for each caller."""
-        found = [d for d in self._disk.list() if d.key.source == SOURCE and not d.is_restricted]
-        return [(download.key, self._disk.path(download.key)) for download in found]
 
     def _check_access(self, download: Download, api_token: str) -> None:
         if not download.is_restricted:

@@ -27,6 +27,7 @@ from lorafleet.cache.errors import (
 )
 from lorafleet.cache.peft_config import CONFIG_FILE
 from lorafleet.cache.sources.checksum import Checksum
+from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import Patience, Progress
 from lorafleet.cache.sources.transfer import Body, RemoteFile, Transfer, ranged_offset
 from lorafleet.proto.messages import AdapterKey
@@ -41,7 +42,7 @@ _MAX_CONNECTIONS = 1024  # kept open at most; more than this many downloads reco
 _ATTEMPTS = 2  # of boto3 for one answer; Transfer has its own for files
 
 
-class S3Source:
+class S3Source(Downloads):
     """`id` is `s3://bucket/prefix`: the adapter's files are the objects `prefix/<file>`.
 
     The ETag, or the version in a bucket that has versions, is the commit. There are no revisions
@@ -56,7 +57,8 @@ class S3Source:
         patience: Patience | None = None,
     ) -> None:
         """`endpoint`: base URL, empty for boto3's own; `buckets`: the only ones, empty for any."""
-        self._disk, self._endpoint, self._buckets = disk, endpoint, frozenset(buckets)
+        super().__init__(disk, SOURCE)
+        self._endpoint, self._buckets = endpoint, frozenset(buckets)
         self._patience = patience or Patience()
         self._client: Any = None  # made on first use, safe to share between threads
         self._lock = Lock()  # guards _client; making one is not thread-safe
@@ -71,20 +73,6 @@ class S3Source:
 
     def authorize(self, key: AdapterKey, api_token: str) -> None:
         """Everyone may use what this server's credentials open."""
-
-    def disk_bytes(self, key: AdapterKey) -> int:
-        """The download's size."""
-        download = self._disk.get(key)
-        return download.nbytes if download else 0
-
-    def drop(self, key: AdapterKey) -> None:
-        """Deletes the download."""
-        self._disk.drop(key)
-
-    def list(self) -> list[tuple[AdapterKey, Path]]:
-        """Every download."""
-        keys = (download.key for download in self._disk.list())
-        return [(key, self._disk.path(key)) for key in keys if key.source == SOURCE]
 
     def _plan(
         self, key: AdapterKey, bucket: str, prefix: str, progress: Progress
