@@ -120,7 +120,9 @@ def _ask(args: Namespace, method: str, path: str, **options: Any) -> dict[str, A
 
 def _server_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--url", default=_DEFAULT_URL, help=f"the server's router (default: {_DEFAULT_URL})"
+        "--url",
+        default=os.environ.get("LORAFLEET_URL", _DEFAULT_URL),
+        help=f"the server's router (env LORAFLEET_URL; default: {_DEFAULT_URL})",
     )
     parser.add_argument(
         "--admin-api-key",

@@ -15,24 +15,18 @@ _MIB = 1 << 20
 
 
 def print_adapters(console: Console, adapters: Sequence[dict[str, Any]]) -> None:
-    """What the management API says of adapters."""
-    columns = ("adapter", "source", "digest", "rank", "targets", "MiB", "tier", "pinned", "aliases")
-    table = _table(*columns, "in use", "requests", "tokens", "last use")
+    """What operators look for first in the management API's answer; --json has the rest."""
+    table = _table("adapter", "rank", "MiB", "tier", "pinned", "aliases", "requests", "last use")
     for adapter in adapters:
         revision = f"@{adapter['revision']}" if adapter["revision"] else ""
         table.add_row(
             adapter["id"] + revision,
-            adapter["source"],
-            (adapter["digest"] or "-")[:12],
             _or_dash(adapter["rank"]),
-            " ".join(adapter["target_modules"]),
             _mib(adapter["bytes"]),
             adapter["tier"],
             _or_dash(adapter["pinned"]),
             " ".join(adapter["aliases"]),
-            str(adapter["in_use"]),
             str(adapter["requests"]),
-            str(adapter["prompt_tokens"] + adapter["generated_tokens"]),
             _ago(adapter["last_used_at"]),
         )
     console.print(table)
@@ -40,14 +34,13 @@ def print_adapters(console: Console, adapters: Sequence[dict[str, Any]]) -> None
 
 def print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
     """What would become of folders; a refusal's whole sentence stands below."""
-    table = _table("folder", "verdict", "rank", "modules", "targets", "MiB a shard", "digest")
+    table = _table("folder", "verdict", "rank", "modules", "MiB a shard", "digest")
     for verdict in verdicts:
         table.add_row(
             verdict.path,
             "served" if verdict.is_served else "refused",
             _or_dash(verdict.rank),
             _or_dash(verdict.num_modules),
-            " ".join(verdict.target_modules),
             _mib(verdict.packed_bytes),
             verdict.digest[:12] or "-",
         )
@@ -59,8 +52,8 @@ def print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for column in columns:  # ids and paths are long; only they may take several lines
+        table.add_column(column, overflow="fold", no_wrap=column != columns[0])
     return table
 
 

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 // The expand where warps enough are busy without sharing ranks: a warp by itself takes one token and
-// 256 outputs, 16 ranks at a time, and none waits for another. Tokens of one slot read the same B,
+// 256 outputs, a few ranks at a time, and none waits for another. Tokens of one slot read the same B,
 // from the L2. grid (pairs of output tiles, tokens).
 constexpr int kAloneWarps = 2;
 

@@ -137,7 +137,11 @@ def lora_product(
     site: SiteWeights,
     batch: LoraBatch,
 ) -> tuple[torch.Tensor, Pending | None]:
-    """x @ weight^T + bias, then `lora_add_` to it, or what of that is still pending."""
+    """x @ weight^T + bias, then `lora_add_` to it, or what of that is still pending.
+
+    In a prefill batch on CUDA the update comes first and the product adds to it: another kernel of
+    cuBLAS than without adapters, so that also rows without one may differ in their last bits.
+    """
     if batch.is_empty or not site.has_kernels:
         y = linear(x, weight, bias)
         lora_add_(y, x, site, batch)
