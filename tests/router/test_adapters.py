@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
 import pytest
@@ -41,12 +40,11 @@ def hub(name: str) -> AdapterKey:
 
 @asynccontextmanager
 async def directory_of(
-    *shards: FakeShard, clock: Callable[[], float] = time.monotonic
+    *shards: FakeShard, failures: FailureMemory | None = None
 ) -> AsyncIterator[tuple[AdapterDirectory, list[Adapter]]]:
     """A directory on these ranks, and the adapters it drops."""
     group = await ShardGroup.connect([shard.address for shard in shards], 20.0)
     dropped: list[Adapter] = []
-    failures = FailureMemory(clock=clock)
     directory = AdapterDirectory(group, group.info.arena_bytes, dropped.append, failures=failures)
     await directory.start()
     try:
@@ -113,7 +111,10 @@ async def test_a_remote_failure_is_remembered_for_that_token_and_revision(
 ) -> None:
     now = [100.0]
     with FakeShard() as shard:
-        async with directory_of(shard, clock=lambda: now[0]) as (directory, _):
+        async with directory_of(shard, failures=FailureMemory(clock=lambda: now[0])) as (
+            directory,
+            _,
+        ):
 
             async def ask(key: AdapterKey, token: str = "") -> str:
                 with pytest.raises(kind) as caught:
@@ -136,7 +137,10 @@ async def test_a_remote_failure_is_remembered_for_that_token_and_revision(
 async def test_requests_that_share_a_failing_fetch_count_once() -> None:
     now = [100.0]
     with FakeShard() as shard:
-        async with directory_of(shard, clock=lambda: now[0]) as (directory, _):
+        async with directory_of(shard, failures=FailureMemory(clock=lambda: now[0])) as (
+            directory,
+            _,
+        ):
             shard.fetching.close()
             asked = [asyncio.create_task(directory.acquire(hub("down"), "")) for _ in range(8)]
             await _fetched(shard, "down")
@@ -146,6 +150,33 @@ async def test_requests_that_share_a_failing_fetch_count_once() -> None:
             assert len(shard.fetches) == 1
             with pytest.raises(SourceUnavailable, match="again in 1 s"):
                 await directory.acquire(hub("down"), "")
+
+
+def _remember(failures: FailureMemory, key: AdapterKey) -> None:
+    with suppress(SourceUnavailable), failures.watch(key, ""):
+        raise SourceUnavailable("the source was down")
+
+
+async def test_a_fetch_that_succeeds_ends_the_row_of_failures() -> None:
+    now, key = [100.0], hub("adapter-1")
+    failures = FailureMemory(clock=lambda: now[0])
+    with FakeShard() as shard:
+        async with directory_of(shard, failures=failures) as (directory, _):
+            _remember(failures, key)
+            with pytest.raises(SourceUnavailable, match="Remembered"):
+                await directory.acquire(key, "")
+            now[0] += 1.0
+            (await directory.acquire(key, "")).close()
+            assert not len(failures)
+
+
+async def test_who_drops_an_adapter_has_it_tried_again_at_once() -> None:
+    key, failures = hub("adapter-1"), FailureMemory()
+    with FakeShard() as shard:
+        async with directory_of(shard, failures=failures) as (directory, _):
+            _remember(failures, key)
+            await directory.drop(key)
+            (await directory.acquire(key, "")).close()
 
 
 async def test_a_failure_is_nobody_elses() -> None:
