@@ -36,21 +36,36 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
+// Whether blocks may form clusters, and kernels begin before the one in front has ended.
+inline bool is_hopper() {
+  static const bool found = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
+  return found;
+}
+
+// In clusters of `cluster` blocks along x; 1 where there are none.
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
-           cudaStream_t stream, Arguments&&... arguments) {
-  static const bool overlaps = device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+int launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, int threads,
+                    size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = overlaps ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = !is_hopper() ? 0 : cluster == 1 ? 1 : 2;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+           cudaStream_t stream, Arguments&&... arguments) {
+  return launch_clusters(1, kernel, grid, threads, shared_bytes, stream,
+                         static_cast<Parameters>(arguments)...);
 }
 
 template <typename T>
@@ -108,14 +123,11 @@ struct Vec {
     }
     return v;
   }
-  __device__ void store(T* p) const {
-    uint4 raw;
-    raw.x = Pair<T>::pack(x[0], x[1]);
-    raw.y = Pair<T>::pack(x[2], x[3]);
-    raw.z = Pair<T>::pack(x[4], x[5]);
-    raw.w = Pair<T>::pack(x[6], x[7]);
-    *reinterpret_cast<uint4*>(p) = raw;
+  __device__ uint4 packed() const {
+    return make_uint4(Pair<T>::pack(x[0], x[1]), Pair<T>::pack(x[2], x[3]),
+                      Pair<T>::pack(x[4], x[5]), Pair<T>::pack(x[6], x[7]));
   }
+  __device__ void store(T* p) const { *reinterpret_cast<uint4*>(p) = packed(); }
   // The sum, not rounded until it is stored.
   __device__ Vec plus(const float (&added)[kWide]) const {
     Vec sum;

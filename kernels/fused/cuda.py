@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lorafleet.kernels.build import bind
+from lorafleet.kernels.linear import cuda as stream
 from lorafleet.kernels.lora.cuda import PendingArguments, pending_arguments
 from lorafleet.kernels.lora.op import Pending
 
@@ -17,6 +18,7 @@ _MAX_HIDDEN = 16384  # a block holds a row
 _MAX_PENDING_HIDDEN = 8192
 # A block reads all of a row's B: beyond, the expand's many blocks are faster than one launch less.
 _MAX_PENDING_RANK = 16
+_MAX_TILED_RANK = 64
 _MAX_HEAD_DIM = 256  # a warp holds a head
 _TILE_OUTS = 128  # of long segments; whole heads
 
@@ -28,12 +30,11 @@ def norms(x: torch.Tensor) -> bool:
 
 def norms_pending(x: torch.Tensor, pending: Pending) -> bool:
     """Whether `rms_norm` adds what is pending, and is the faster for it."""
-    return (
-        norms(x)
-        and not pending.is_tiled
-        and x.shape[1] <= _MAX_PENDING_HIDDEN
-        and pending.max_rank <= _MAX_PENDING_RANK
-    )
+    if not norms(x) or x.shape[1] > _MAX_PENDING_HIDDEN:
+        return False
+    if pending.is_tiled:
+        return pending.max_rank <= _MAX_TILED_RANK
+    return pending.max_rank <= _MAX_PENDING_RANK and stream.is_hopper(x.device)
 
 
 def multiplies(gate_up: torch.Tensor) -> bool:

@@ -109,9 +109,10 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int first = (start + place.first_head) * heads.dim;
   const int width = (heads.num + 2 * heads.num_kv) * heads.dim;
   Part<T> part{};
+  RankRows<T> rows;
   if constexpr (kPending) {
     part = part_at<T>(pending.site, row_of(pending.site, pending.row_slots[token]), first);
-    if (place.valid) prefetch_part(part, offset);
+    rows.load(part, 0, offset, place.valid);
   }
   wait_for_inputs();
   if (place.first_head >= num) return;  // the whole warp
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   if constexpr (kPending) {
     if (part.rank != 0) {
       float acc[kWide] = {};
-      expand_warp(acc, pending, part, token, offset, place.valid);
+      expand_warp(acc, rows, pending, part, token, offset, place.valid);
       x = x.plus(acc);
       x.round();
     }
@@ -130,25 +131,28 @@ __global__ void __launch_bounds__(32 * kWarps)
 // The same for a product whose update comes in tiles: heads of 8 to 128 elements, a power of two.
 // grid (tiles of 128 outputs, token tiles); a lane's 8 outputs lie in one head.
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 4)
+__global__ void __launch_bounds__(kTileThreads, 6)
     rotary_tiles_kernel(T* query, const T* qkv, Pool<T> pool, Tables<T> tables, Heads heads,
                         Pending pending) {
-  __shared__ __align__(16) TileOuts<T> update;
+  __shared__ __align__(16) TileOuts<T> tile;
   let_next_begin();
   wait_for_inputs();
   const TileTokens tokens(pending, blockIdx.y);
-  const SiteRow& row = row_of(pending.site, tokens.slot);
   const int q_tiles = tiles_in(heads.num * heads.dim), kv_tiles = tiles_in(heads.num_kv * heads.dim);
   const int part = blockIdx.x < q_tiles ? 0 : blockIdx.x < q_tiles + kv_tiles ? 1 : 2;
   const int at = (blockIdx.x - (part > 0 ? q_tiles : 0) - (part > 1 ? kv_tiles : 0)) * kTileOuts;
   const int columns = (part == 0 ? heads.num : heads.num_kv) * heads.dim - at;
   const int skipped = part == 0 ? 0 : heads.num + (part - 1) * heads.num_kv;
   const int start = skipped * heads.dim + at;
+  const int64_t width = (heads.num + 2 * heads.num_kv) * heads.dim;
+  const T* products = qkv + tokens.first * width + start;
+  fetch_products(tile, {columns, columns - kHalfOuts}, {products, products + kHalfOuts}, width,
+                 tokens.count);
+  const SiteRow& row = row_of(pending.site, tokens.slot);
   const Half<T> halves[2] = {half_at<T>(pending.site, row, start, columns),
                              half_at<T>(pending.site, row, start + kHalfOuts, columns - kHalfOuts)};
-  expand_tile(update, halves, pending, tokens);
+  expand_tile(tile, halves, pending, tokens);
   const int c = threadIdx.x % 16 * kWide;
-  const int64_t width = (heads.num + 2 * heads.num_kv) * heads.dim;
 #pragma unroll 2
   for (int i = 0; i < 8; ++i) {
     const int t = threadIdx.x / 32 * 16 + 2 * i + threadIdx.x % 32 / 16;
@@ -156,7 +160,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
     const Place place{part, 0, (at + c) / heads.dim, (at + c) % heads.dim,
                       t < tokens.count && c < columns};
     Vec<T> x{};
-    if (place.valid) x = finished(qkv + token * width + start + c, &update[t][c]);
+    if (place.valid) x = Vec<T>::load(&tile[t][c]);
     finish(x, query, pool, tables, heads, place, token, pool.locations[token]);
   }
 }

@@ -29,8 +29,13 @@ def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and wide % 8 == 0
         and outs % 8 == 0
         and outs <= _MAX_OUTS
-        and _device(x.device).major >= 9
+        and is_hopper(x.device)
     )
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device has a copy engine and clusters of blocks."""
+    return _device(device).major >= 9
 
 
 def linear(

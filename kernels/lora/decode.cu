@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(32 * kWarps)
 constexpr int kAloneWarps = 2;
 
 template <typename T>
-__global__ void __launch_bounds__(32 * kAloneWarps, 8)
+__global__ void __launch_bounds__(32 * kAloneWarps, 6)
     expand_alone_kernel(T* y, Pending pending, int y_width) {
   let_next_begin();
   const int token = blockIdx.y;
@@ -139,14 +139,15 @@ __global__ void __launch_bounds__(32 * kAloneWarps, 8)
   const bool inside = out < tile.width;
   const Part<T> part{static_cast<const T*>(pending.site.arena) + tile.b_offset, tile.width,
                      adds ? tile.rank : 0, tile.h_start};
-  if (inside) prefetch_part(part, out);
+  RankRows<T> rows;
+  rows.load(part, 0, out, inside);
   wait_for_inputs();
   if (!adds) return;
   T* target = y + static_cast<int64_t>(token) * y_width + tile.y_start + out;
-  const Vec<T> before = inside ? Vec<T>::load(target) : Vec<T>{};
+  const uint4 before = inside ? load16(target) : make_uint4(0, 0, 0, 0);
   float acc[kWide] = {};
-  expand_warp(acc, pending, part, token, out, inside);
-  if (inside) before.plus(acc).store(target);
+  expand_warp(acc, rows, pending, part, token, out, inside);
+  if (inside) Vec<T>::unpack(before).plus(acc).store(target);
 }
 
 template <typename T>

@@ -40,51 +40,67 @@ __device__ Part<T> part_at(const Site& site, const SiteRow& row, int output) {
   return {nullptr, 0, 0, 0};
 }
 
-// Starts the way of the first ranks of B to the L2, each lane's 8 outputs from `offset`.
-template <typename T>
-__device__ void prefetch_part(const Part<T>& part, int offset) {
-  const int count = min(part.rank, 16);
-#pragma unroll 4
-  for (int r = 0; r < count; ++r)
-    prefetch(part.b + static_cast<int64_t>(r) * part.width + offset);
-}
-
 // B may be another warp's too, of a token with the same slot: it may stay in the L1.
 __device__ inline uint4 load_shared_rows(const void* address) {
   return __ldg(static_cast<const uint4*>(address));
 }
 
-// One warp: acc += h[token] @ B over the 8 outputs from this lane's `offset` in the part, kRanks
-// ranks at a time, their B on its way before h. Lane l sums every fourth split of rank l % kRanks.
+// The sum of every kStep-th split from `first` on, kAtOnce of them on their way at a time: there are
+// few, and a loop over them would wait for each.
+template <int kAtOnce, int kStep>
+__device__ float sum_splits(const float* at, int64_t stride, int first, int splits) {
+  float sum = 0.f;
+  for (int s = first; s < splits; s += kAtOnce * kStep) {
+    float found[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int split = s + i * kStep;
+      found[i] = split < splits ? at[split * stride] : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) sum += found[i];
+  }
+  return sum;
+}
+
+// 16 ranks of B, 8 outputs for each lane. Needs nothing that a kernel of this step writes.
 template <typename T>
-__device__ void expand_warp(float (&acc)[kWide], const Pending& pending, const Part<T>& part,
-                            int token, int offset, bool inside) {
-  constexpr int kRanks = 8, kSplitLanes = 32 / kRanks;
-  const int lane = threadIdx.x % 32;
-  const int64_t split_stride = static_cast<int64_t>(pending.num_tokens) * pending.capacity;
-#pragma unroll 1
-  for (int r0 = 0; r0 < part.rank; r0 += kRanks) {
-    uint4 rows[kRanks];
+struct RankRows {
+  static constexpr int kRanks = 16;
+  uint4 rows[kRanks];
+
+  __device__ void load(const Part<T>& part, int r0, int offset, bool inside) {
 #pragma unroll
     for (int i = 0; i < kRanks; ++i)
       rows[i] = inside && r0 + i < part.rank
                     ? load_shared_rows(part.b + static_cast<int64_t>(r0 + i) * part.width + offset)
                     : make_uint4(0, 0, 0, 0);
+  }
+};
+
+// One warp: acc += h[token] @ B over the 8 outputs from this lane's `offset` in the part, 16 ranks at
+// a time, `rows` being the first. Of two lanes with one rank each sums every other split.
+template <typename T>
+__device__ void expand_warp(float (&acc)[kWide], RankRows<T>& rows, const Pending& pending,
+                            const Part<T>& part, int token, int offset, bool inside) {
+  constexpr int kRanks = RankRows<T>::kRanks;
+  const int lane = threadIdx.x % 32;
+  const int64_t split_stride = static_cast<int64_t>(pending.num_tokens) * pending.capacity;
+#pragma unroll 1
+  for (int r0 = 0; r0 < part.rank; r0 += kRanks) {
+    if (r0 > 0) rows.load(part, r0, offset, inside);
     const int rank = r0 + lane % kRanks;
     float h = 0.f;
     if (rank < part.rank) {
       const float* at = pending.partial + static_cast<int64_t>(token) * pending.capacity +
                         part.h_start + rank;
-#pragma unroll 4
-      for (int s = lane / kRanks; s < pending.splits; s += kSplitLanes) h += at[s * split_stride];
+      h = sum_splits<3, 2>(at, split_stride, lane / kRanks, pending.splits);
     }
-#pragma unroll
-    for (int other = kRanks; other < 32; other *= 2) h += __shfl_xor_sync(kFullWarp, h, other);
-    h = rounded<T>(h);
+    h = rounded<T>(h + __shfl_xor_sync(kFullWarp, h, kRanks));
 #pragma unroll
     for (int i = 0; i < kRanks; ++i) {
       const float scale = __shfl_sync(kFullWarp, h, i);
-      const Vec<T> b = Vec<T>::unpack(rows[i]);
+      const Vec<T> b = Vec<T>::unpack(rows.rows[i]);
 #pragma unroll
       for (int j = 0; j < kWide; ++j) acc[j] += scale * b.x[j];
     }
