@@ -41,7 +41,7 @@ def _pruned(tensor: torch.Tensor, recipe: MergeRecipe, generator: torch.Generato
         return tensor * mask / recipe.density
     count = int(recipe.density * tensor.numel())
     mask = torch.zeros(tensor.numel())
-    mask[tensor.abs().flatten().topk(count).indices] = 1
+    mask[tensor.abs().flatten().topk(count, sorted=False).indices] = 1
     return tensor * mask.view(tensor.shape)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft.tuners.lora.model as peft_lora
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -37,6 +35,7 @@ from tests.cache.adapter_cases import (
     write_adapter,
 )
 from tests.cache.hub_stand_in import Hub, Repo
+from tests.peft_merges import add_merge
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -122,43 +121,22 @@ def fetch(source: MergedSource, recipe: MergeRecipe) -> Path:
     return source.fetch(recipe.key, "", lambda _: None)
 
 
-@pytest.fixture
-def merged_by_peft(case: Case, monkeypatch: pytest.MonkeyPatch) -> Any:
+def merged_by_peft(
+    model: PeftModel, recipe: MergeRecipe
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
     """A recipe's merge as peft makes it: module name -> (A, B, scale)."""
-    freeze = peft_lora._freeze_adapter
-    recipes: list[MergeRecipe] = []
-
-    def seed_and_freeze(model: Any, name: str) -> None:
-        freeze(model, name)
-        torch.manual_seed(recipes[-1].seed)  # after the new adapter's own initial values are drawn
-
-    monkeypatch.setattr(peft_lora, "_freeze_adapter", seed_and_freeze)
-
-    def merge(recipe: MergeRecipe) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-        recipes.append(recipe)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that a density of 1 prunes nothing
-            case.peft.add_weighted_adapter(
-                [member.key.id for member in recipe.members],
-                [member.weight for member in recipe.members],
-                "merge",
-                combination_type=recipe.strategy.value,
-                density=recipe.density,
-                majority_sign_method=recipe.sign.value,
-            )
-        found = {
-            name.removeprefix("base_model.model."): (
-                module.lora_A["merge"].weight.detach().clone(),
-                module.lora_B["merge"].weight.detach().clone(),
-                module.scaling["merge"],
-            )
-            for name, module in case.peft.named_modules()
-            if hasattr(module, "lora_A") and "merge" in module.lora_A
-        }
-        case.peft.delete_adapter("merge")
-        return found
-
-    return merge
+    add_merge(model, recipe, "merge")
+    found = {
+        name.removeprefix("base_model.model."): (
+            module.lora_A["merge"].weight.detach().clone(),
+            module.lora_B["merge"].weight.detach().clone(),
+            module.scaling["merge"],
+        )
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and "merge" in module.lora_A
+    }
+    model.delete_adapter("merge")
+    return found
 
 
 HALVES = {"plain": 0.5, "other": 0.5}
@@ -193,10 +171,8 @@ THREE = {"plain": 0.7, "strong": -0.4, "other": 1.5}
     ],
     ids=str,
 )
-def test_a_merge_is_pefts_to_the_bit(
-    source: MergedSource, recipe: MergeRecipe, merged_by_peft: Any
-) -> None:
-    wanted = merged_by_peft(recipe)
+def test_a_merge_is_pefts_to_the_bit(case: Case, source: MergedSource, recipe: MergeRecipe) -> None:
+    wanted = merged_by_peft(case.peft, recipe)
     directory = fetch(source, recipe)
     spec = read_spec(directory, tiny_layout())
     tensors = load_file(directory / "adapter_model.safetensors")
@@ -330,11 +306,9 @@ def test_a_merge_is_for_those_who_may_read_every_member(hub: Hub, tmp_path: Path
     assert made.stat().st_ino == inode  # the same commits, so it was not made again
 
 
-def test_the_result_is_an_adapter_that_peft_reads(
-    case: Case, source: MergedSource, merged_by_peft: Any
-) -> None:
+def test_the_result_is_an_adapter_that_peft_reads(case: Case, source: MergedSource) -> None:
     recipe = recipe_of({"rslora": 0.4, "plain": 0.6})
-    wanted = merged_by_peft(recipe)
+    wanted = merged_by_peft(case.peft, recipe)
     directory = fetch(source, recipe)
     config = json.loads((directory / "adapter_config.json").read_text())
     assert LoraConfig.from_pretrained(directory).lora_alpha == config["lora_alpha"]
