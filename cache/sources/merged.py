@@ -13,6 +13,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -76,7 +77,7 @@ class MergedSource(Downloads):
         """`sources`: where members come from, by name."""
         super().__init__(disk, SOURCE)
         self._sources, self._layout = sources, layout
-        self._work = Lock()  # one merge at a time: each may keep every core busy
+        self._work = Lock()  # one merge at a time, and on one core: the others are for steps
 
     def fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
         """Fetches the members as this caller, and merges them unless that is done already."""
@@ -125,7 +126,7 @@ class MergedSource(Downloads):
         return Download(key, commit, merge.nbytes, is_restricted)
 
     def _write(self, merge: _Merge, directory: Path, progress: Progress) -> int:
-        with self._work:
+        with self._work, _one_core():
             return merge.write(directory, progress)
 
 
@@ -234,6 +235,17 @@ class _Merge:
             "rank_pattern": {re.escape(name): rank for name, rank in odd.items()},
             "alpha_pattern": {re.escape(name): rank * scale for name, rank in odd.items()},
         }
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """This thread, and those begun meanwhile, compute on one core; no other is touched."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _recipe(key: AdapterKey) -> MergeRecipe:

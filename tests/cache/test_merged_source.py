@@ -201,6 +201,17 @@ def test_every_rank_reads_the_same_files(case: Case, tmp_path: Path) -> None:
         assert (elsewhere / name).read_bytes() == (directory / name).read_bytes()
 
 
+def test_a_merge_computes_on_one_core(source: MergedSource) -> None:
+    seen, before = [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        source.fetch(recipe_of(HALVES).key, "", lambda _: seen.append(torch.get_num_threads()))
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_member_that_changed_is_merged_again(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         write_adapter(tmp_path / name, tensors=tensors_of(seed=seed))

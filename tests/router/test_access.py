@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from lorafleet.router.shards import ShardGroup
 from lorafleet.shard.service import ShardService
 from tests.cache.adapter_cases import Settings, tiny_layout, write_adapter
 from tests.cache.hub_stand_in import Hub, Repo
-from tests.fakes import FakeConfig
+from tests.fakes import SECRET, FakeConfig
+from tests.router.http_service import serving
 
 KEY, OTHER = AdapterKey("hub", "owner/private"), AdapterKey("hub", "owner/other")
 MERGE = MergeRecipe((Member(KEY, 0.5), Member(OTHER, 0.5))).key
@@ -131,6 +133,17 @@ async def test_zero_seconds_ask_each_time(hub: Hub, tmp_path: Path, clock: Clock
         hub.repos[KEY.id].token = "hf_new"
         with pytest.raises(AdapterNotFound):
             await use(directory, "hf_right")
+
+
+@pytest.mark.parametrize(("flags", "num_asked"), [({}, 0), ({"adapter_access_ttl": 0.0}, 3)])
+async def test_the_flag_says_how_long(flags: dict[str, Any], num_asked: int) -> None:
+    chosen = {"adapter_id": "private-1", "adapter_source": "hub", "api_token": SECRET}
+    async with serving(**flags) as service:
+        await service.generate("abc", max_new_tokens=1, **chosen)
+        service.shard.fetches.clear()
+        for _ in range(3):
+            await service.generate("abc", max_new_tokens=1, **chosen)
+        assert len(service.shard.fetches) == num_asked
 
 
 async def test_a_drop_ends_every_word(hub: Hub, tmp_path: Path, clock: Clock) -> None:
