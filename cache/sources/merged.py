@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lorafleet.cache.adapter_files import WEIGHTS_FILE, AdapterSpec, ModuleSpec, read_spec
+from lorafleet.cache.adapter_files import WEIGHTS_FILE, AdapterSpec, read_spec
 from lorafleet.cache.combine import combine
 from lorafleet.cache.disk_tier import DiskTier, Download
 from lorafleet.cache.errors import AdapterNotFound, AdapterUnservable, SourceUnavailable, shown
@@ -32,6 +32,7 @@ from lorafleet.cache.safetensors_file import read_header
 from lorafleet.cache.sources import local
 from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import AdapterSource, Progress
+from lorafleet.cache.sources.transfer import disk_faults
 from lorafleet.cache.weights_reader import WeightsReader
 from lorafleet.proto.messages import AdapterKey, FetchProgress
 
@@ -48,6 +49,7 @@ _UNMERGED_FIELDS = (
     "target_parameters",
     "use_qalora",
 )
+_PLAIN_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
 # peft gives the result the first member's, and so drops what only others adapt.
 _EQUAL_FIELDS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
@@ -138,6 +140,8 @@ class _Merge:
         self._recipe, self._members = recipe, members
         _check_members(members)
         # In the model's order, which is the order in which peft draws random numbers.
+        modules = set().union(*(member.spec.modules for member in members))
+        assert modules <= layout.targets().keys(), "a module has no place in the layout"
         self._modules = {
             name: holders
             for name in layout.targets()
@@ -158,21 +162,26 @@ class _Merge:
 
         Raises SourceUnavailable when a member's files changed meanwhile.
         """
-        (directory / CONFIG_FILE).write_bytes(self._config)
-        done, total = len(self._config), self.nbytes
         try:
-            with (directory / WEIGHTS_FILE).open("wb") as file:
-                done += file.write(self._header)
-                for tensor in self._tensors():
-                    done += file.write(tensor.contiguous().numpy().data)
-                    progress(FetchProgress("merging", done, total))
-                file.flush()
-                os.fsync(file.fileno())
+            with disk_faults("the merged adapter"):
+                done = self._write(directory, progress)
         except AdapterUnservable:
             self._check_current()  # then it is not the adapter's fault
             raise
         self._check_current()
-        assert done == total, (done, total)
+        assert done == self.nbytes, (done, self.nbytes)
+        return done
+
+    def _write(self, directory: Path, progress: Progress) -> int:
+        (directory / CONFIG_FILE).write_bytes(self._config)
+        done, total = len(self._config), self.nbytes
+        with (directory / WEIGHTS_FILE).open("wb") as file:
+            done += file.write(self._header)
+            for tensor in self._tensors():
+                done += file.write(tensor.contiguous().numpy().data)
+                progress(FetchProgress("merging", done, total))
+            file.flush()
+            os.fsync(file.fileno())
         return done
 
     def _check_current(self) -> None:
@@ -190,7 +199,7 @@ class _Merge:
         """A and B of each module in turn."""
         generator = torch.Generator().manual_seed(self._recipe.seed)
         for name, holders in self._modules.items():
-            sides = [_read(member, member.spec.modules[name]) for member in holders]
+            sides = [_read(member, name) for member in holders]
             weights = self._weights(name)
             roots = [math.sqrt(abs(weight)) for weight in weights]
             # The sign goes with A alone: on both sides it would be lost.
@@ -277,10 +286,10 @@ def _read_member(name: str, directory: Path, layout: ModelLayout) -> _Member:
         )
     plain = {ref.name for module in spec.modules.values() for ref in (module.a, module.b)}
     for tensor in tensors:
-        if tensor not in plain:
+        if tensor not in plain or not tensor.endswith(_PLAIN_SUFFIXES):
             raise AdapterUnservable(
-                f"{shown(name)} cannot be merged: its tensor {shown(tensor)} is no LoRA weight of "
-                "a linear layer."
+                f"{shown(name)} cannot be merged: its tensor {shown(tensor)} is not a LoRA weight "
+                "of an attention or MLP layer, and only those are merged."
             )
     return _Member(shown(name), config, spec)
 
@@ -294,11 +303,16 @@ def _check_members(members: list[_Member]) -> None:
                 f"{first.rank}, {member.name} has {member.rank}."
             )
         for field in _EQUAL_FIELDS:
-            if (member.config.get(field) or None) != (first.config.get(field) or None):
+            if _unordered(member.config.get(field)) != _unordered(first.config.get(field)):
                 raise AdapterUnservable(
                     f"Adapters with different {field} cannot be merged: {first.name} and "
                     f"{member.name}."
                 )
+
+
+def _unordered(value: Any) -> Any:
+    """peft saves sets as lists in any order, and an absent field as null."""
+    return sorted(map(str, value)) if isinstance(value, list) else value or None
 
 
 def _rank(name: str, holders: list[_Member]) -> int:
@@ -314,14 +328,15 @@ def _rank(name: str, holders: list[_Member]) -> int:
     return rank
 
 
-def _read(member: _Member, module: ModuleSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def _read(member: _Member, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A member's whole A and B of one module."""
+    module = member.spec.modules[name]
     with WeightsReader(member.spec) as reader:
         a, b = reader.read(module.a).float(), reader.read(module.b).float()
     for side, tensor in (("A", a), ("B", b)):
         if not torch.isfinite(tensor).all():
             raise AdapterUnservable(
-                f"{member.name} cannot be merged: lora_{side} of {module.target.name} holds "
+                f"{member.name} cannot be merged: lora_{side} of {name} holds "
                 "values that are not finite numbers."
             )
     return a, b

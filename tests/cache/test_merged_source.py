@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafleet.cache.adapter_files import read_spec
 from lorafleet.cache.disk_tier import DiskTier
-from lorafleet.cache.errors import AdapterFault, AdapterNotFound, AdapterUnservable
+from lorafleet.cache.errors import (
+    AdapterFault,
+    AdapterNotFound,
+    AdapterUnservable,
+    SourceUnavailable,
+    TierFull,
+)
 from lorafleet.cache.recipe import MajoritySign, Member, MergeRecipe, Strategy
 from lorafleet.cache.sources.hub import HubSource
 from lorafleet.cache.sources.local import LocalSource
@@ -260,6 +268,46 @@ def test_only_plain_lora_is_merged(tmp_path: Path, fields: dict[str, Any], words
     write_adapter(tmp_path / "odd", config_of(**fields))
     with pytest.raises(AdapterUnservable, match=words):
         fetch(open_source(tmp_path, tmp_path), recipe_of({"even": 1.0, "odd": 1.0}))
+
+
+def test_excluded_modules_are_a_set(tmp_path: Path) -> None:
+    for name, excluded in (("a", ["x", "y"]), ("b", ["y", "x"]), ("c", ["x"])):
+        write_adapter(tmp_path / name, config_of(exclude_modules=excluded))
+    source = open_source(tmp_path, tmp_path)
+    assert fetch(source, recipe_of({"a": 1.0, "b": 1.0})).is_dir()
+    with pytest.raises(AdapterUnservable, match="different exclude_modules cannot be merged: 'a'"):
+        fetch(source, recipe_of({"a": 1.0, "c": 1.0}))
+
+
+def test_a_full_disk_is_no_fault_of_the_adapters(
+    source: MergedSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        if os.fstat(descriptor).st_size > 4096:  # the weights, and no record
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    recipe = recipe_of(HALVES)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(TierFull, match="no room left for the merged adapter"):
+            fetch(source, recipe)
+    assert source.list() == []
+    assert fetch(source, recipe).is_dir()
+
+
+def test_a_member_that_changes_meanwhile_is_tried_again(tmp_path: Path) -> None:
+    for name in "ab":
+        write_adapter(tmp_path / name)
+    source, recipe = open_source(tmp_path, tmp_path), recipe_of({"a": 1.0, "b": 1.0})
+
+    def change(_: FetchProgress) -> None:
+        (tmp_path / "b" / "adapter_model.safetensors").unlink(missing_ok=True)
+
+    with pytest.raises(SourceUnavailable, match="files of 'b' changed while it was merged"):
+        source.fetch(recipe.key, "", change)
+    assert source.list() == []
+    write_adapter(tmp_path / "b")
+    assert fetch(source, recipe).is_dir()
 
 
 def test_values_that_are_not_numbers_leave_nothing(tmp_path: Path) -> None:
