@@ -96,6 +96,7 @@ class AdapterDirectory:
 
         Requests for it that come meanwhile wait and fetch it anew. Raises ShardLost.
         """
+        self.tiers.unkeep(key)  # here as well, for a removal under way may be one that keeps pins
         await _shared(self._removals, key, self._remove(key))
 
     def find(self, key: AdapterKey) -> Adapter | None:

@@ -13,7 +13,7 @@ from lorafleet.proto.messages import AdapterKey, Tier
 from lorafleet.router.errors import AdapterForbidden, AdapterNotFound
 from tests.fake_model import FakeModel
 from tests.fakes import SECRET, FakeConfig, FakeShard
-from tests.router.http_service import Running, serving
+from tests.router.http_service import Running, serving, until
 from tests.router.test_adapters import directory_of, hub
 
 MERGE = {"ids": ["adapter-1", "adapter-2"], "weights": [0.5, 1]}
@@ -204,8 +204,7 @@ async def test_a_merge_is_made_anew_when_a_member_has_changed() -> None:
             shard.contents["adapter-2"] = "new digest"
             await directory.drop(second)
             coming = asyncio.create_task(directory.acquire(key, ""))
-            await shard.saw(lambda: shard.fetches[-1].key == second)
-            await asyncio.sleep(0.05)
+            await until(lambda: key in directory._removals)
             assert not coming.done()  # running requests finish on what they began with
             old.close()
             new = await coming
@@ -227,6 +226,25 @@ async def test_the_callers_token_is_for_the_members() -> None:
         service.shard.fetches.clear()
         await service.generate("abc", **elsewhere)
         assert {fetch.api_token for fetch in service.shard.fetches} == {""}
+
+
+async def test_a_drop_ends_the_pin_of_a_merge_that_is_being_made_anew() -> None:
+    first, second = hub("adapter-1"), hub("adapter-2")
+    key = merge_of(first, second)
+    with FakeShard() as shard:
+        async with directory_of(shard) as (directory, _):
+            old = await directory.acquire(key, "")
+            directory.tiers.keep(key)
+            shard.contents["adapter-2"] = "new digest"
+            await directory.drop(second)
+            coming = asyncio.create_task(directory.acquire(key, ""))
+            await until(lambda: key in directory._removals)
+            dropping = asyncio.create_task(directory.drop(key))
+            await asyncio.sleep(0)
+            old.close()
+            await dropping
+            (await coming).close()
+            assert not directory.tiers.host.is_kept(key)
 
 
 @pytest.mark.parametrize("is_loaded", [False, True])
