@@ -26,7 +26,7 @@ from lorafleet.cache.combine import combine
 from lorafleet.cache.disk_tier import DiskTier, Download
 from lorafleet.cache.errors import AdapterNotFound, AdapterUnservable, SourceUnavailable, shown
 from lorafleet.cache.layout import ModelLayout
-from lorafleet.cache.peft_config import CONFIG_FILE
+from lorafleet.cache.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES
 from lorafleet.cache.recipe import SOURCE, MergeRecipe, members_of
 from lorafleet.cache.safetensors_file import read_header
 from lorafleet.cache.sources import local
@@ -240,7 +240,7 @@ class _Merge:
             "r": first.rank,
             "lora_alpha": first.rank * scale,
             "bias": "none",
-            "target_modules": sorted({name.rpartition(".")[2] for name in self._modules}),
+            "target_modules": list(self._modules),
             "rank_pattern": {re.escape(name): rank for name, rank in odd.items()},
             "alpha_pattern": {re.escape(name): rank * scale for name, rank in odd.items()},
         }
@@ -270,20 +270,13 @@ def _recipe(key: AdapterKey) -> MergeRecipe:
 def _read_member(name: str, directory: Path, layout: ModelLayout) -> _Member:
     """Raises AdapterUnservable, naming the member, unless it is a plain LoRA on linear layers."""
     try:
+        config = _read_config(directory / CONFIG_FILE)
         spec = read_spec(directory, layout)
-        config = json.loads((directory / CONFIG_FILE).read_bytes())
         tensors = read_header(directory / WEIGHTS_FILE)
     except AdapterUnservable as error:
         raise AdapterUnservable(f"{shown(name)} cannot be merged: {error}") from None
-    except (OSError, ValueError):
+    except OSError:
         raise SourceUnavailable(f"The files of {shown(name)} changed; try again.") from None
-    fields = [field for field in _UNMERGED_FIELDS if config.get(field)]
-    fields += ["bias"] if config.get("bias") not in (None, "none") else []
-    if fields:
-        raise AdapterUnservable(
-            f"{shown(name)} cannot be merged: {fields[0]} is set, and only plain LoRA on linear "
-            "layers is merged."
-        )
     plain = {ref.name for module in spec.modules.values() for ref in (module.a, module.b)}
     for tensor in tensors:
         if tensor not in plain or not tensor.endswith(_PLAIN_SUFFIXES):
@@ -292,6 +285,24 @@ def _read_member(name: str, directory: Path, layout: ModelLayout) -> _Member:
                 "of an attention or MLP layer, and only those are merged."
             )
     return _Member(shown(name), config, spec)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The config's fields, not checked but for what no merge can have."""
+    try:
+        with path.open("rb") as file:
+            config = json.loads(file.read(MAX_CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError):
+        config = {}  # `read_spec` says what is wrong with it
+    if not isinstance(config, dict):
+        return {}
+    fields = [field for field in _UNMERGED_FIELDS if config.get(field)]
+    fields += ["bias"] if config.get("bias") not in (None, "none") else []
+    if fields:
+        raise AdapterUnservable(
+            f"{fields[0]} is set, and only plain LoRA on linear layers is merged."
+        )
+    return config
 
 
 def _check_members(members: list[_Member]) -> None:

@@ -258,7 +258,7 @@ def test_what_cannot_be_merged_is_said(
     ("fields", "words"),
     [
         ({"use_dora": True}, "'odd' cannot be merged: use_dora is set"),
-        ({"bias": "all"}, "'odd' cannot be merged: bias is"),
+        ({"bias": "all"}, "'odd' cannot be merged: bias is set"),
         ({"modules_to_save": ["lm_head"]}, "'odd' cannot be merged: modules_to_save is set"),
         ({"peft_type": "IA3"}, "'odd' cannot be merged: peft_type is 'IA3'"),
     ],
@@ -267,6 +267,13 @@ def test_only_plain_lora_is_merged(tmp_path: Path, fields: dict[str, Any], words
     write_adapter(tmp_path / "even")
     write_adapter(tmp_path / "odd", config_of(**fields))
     with pytest.raises(AdapterUnservable, match=words):
+        fetch(open_source(tmp_path, tmp_path), recipe_of({"even": 1.0, "odd": 1.0}))
+
+
+def test_a_member_without_a_config_says_so(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "even")
+    (write_adapter(tmp_path / "odd") / "adapter_config.json").unlink()
+    with pytest.raises(AdapterUnservable, match=r"'odd' cannot be merged: .* adapter_config.json"):
         fetch(open_source(tmp_path, tmp_path), recipe_of({"even": 1.0, "odd": 1.0}))
 
 
