@@ -63,7 +63,7 @@ class AdapterStore:
         """`hub_endpoint`: base URL of the hub, None for what HF_ENDPOINT says."""
         self._layout, self._dtype = layout, dtype
         self._host = HostTier(config.adapter_host_bytes, dtype, pin=device.type == "cuda")
-        self._sources: dict[str, AdapterSource] = open_sources(config, hub_endpoint)
+        self._sources: dict[str, AdapterSource] = open_sources(config, layout, hub_endpoint)
         self._adapters: dict[AdapterKey, _Adapter] = {}
         self._locks = KeyLocks()
 

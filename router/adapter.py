@@ -22,6 +22,7 @@ class Adapter:
     ) -> None:
         self.info = info
         self.previous = previous  # older content of the same key whose host copy may be in use
+        self.made_of: tuple[str, ...] = ()  # digests of a merged adapter's members
         self.num_pins = 0  # sequences and device copies under way that need the host copy
         self.in_host = False
         self._on_unpinned = on_unpinned

@@ -10,6 +10,7 @@ from lorafleet.router.aliases import Aliases
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, refusal
+from lorafleet.router.merged_adapters import read_merge
 from lorafleet.router.prompt import BASE_MODEL, MAX_ID_LENGTH, is_id, read_adapter
 
 D = TypeVar("D")
@@ -35,12 +36,17 @@ def read_load_call(
     """Checks a body. Raises InvalidRequest."""
     alias = fields.string("alias", "")
     return LoadCall(
-        key=read_key(fields, "adapter_id", config, aliases),
+        key=_read_key_or_merge(fields, config, aliases),
         tier=_choice(fields, "tier", _TIERS, Tier.HOST),
         pin=_choice(fields, "pin", _PINS, None),
         alias=check_alias("alias", alias, model_id) if alias else "",
         api_token=fields.string("api_token", ""),
     )
+
+
+def _read_key_or_merge(fields: Fields, config: RouterConfig, aliases: Aliases) -> AdapterKey:
+    merge = None if fields.has("adapter_id") else read_merge(fields, config, aliases)
+    return merge or read_key(fields, "adapter_id", config, aliases)
 
 
 def read_key(fields: Fields, name: str, config: RouterConfig, aliases: Aliases) -> AdapterKey:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Hashable, Iterator
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from lorafleet.cache.recipe import members_of
 from lorafleet.proto.messages import AdapterInfo, AdapterKey, Tier
+from lorafleet.router.access import AccessMemory
 from lorafleet.router.activity import Activity
 from lorafleet.router.adapter import Adapter, AdapterPin
+from lorafleet.router.callers import Caller, Callers
 from lorafleet.router.errors import AdapterUnservable
 from lorafleet.router.failure_memory import FailureMemory
 from lorafleet.router.shards import ShardGroup
@@ -36,16 +39,19 @@ class AdapterDirectory:
         on_dropped: Callable[[Adapter], None],
         activity: Activity | None = None,
         failures: FailureMemory | None = None,
+        access: AccessMemory | None = None,
     ) -> None:
         self._shards = shards
         self._failures = FailureMemory() if failures is None else failures
+        self._access = AccessMemory() if access is None else access
         self._arena_bytes = arena_bytes
         self._on_dropped = on_dropped  # called before an adapter's host copy goes
         self._adapters: dict[AdapterKey, Adapter] = {}
         self._private: set[AdapterKey] = set()  # known only through some caller's token
         self._claims = Counter[AdapterKey]()  # requests in `acquire`, whose disk copy must stay
         # A token is part of a check's identity, so that nobody profits from another's access.
-        self._checks: dict[tuple[AdapterKey, str], asyncio.Task[Adapter]] = {}
+        self._checks: dict[Caller, asyncio.Task[Adapter]] = {}
+        self._callers = Callers()
         self._loads: dict[Adapter, asyncio.Task[None]] = {}
         self._removals: dict[AdapterKey, asyncio.Task[None]] = {}
         self.tiers = HostAndDisk(
@@ -63,31 +69,34 @@ class AdapterDirectory:
         """Brings an adapter into host memory and pins it there.
 
         A request with a token, or for an adapter someone's token fetched, has its own access
-        checked by the shards each time. Raises AdapterError, Overloaded or ShardLost.
+        checked by the shards, unless they did so a short time ago. Raises AdapterError, Overloaded
+        or ShardLost.
         """
-        await self._removed(key)
+        made_of = await self._members_validated(key, api_token)
         with self._claimed(key):
-            pin = (await self._validated(key, api_token)).pin()
+            pin = (await self._validated(key, api_token, made_of)).pin()
             try:
                 await self._loaded(pin.adapter, api_token)
             except BaseException:
                 pin.close()
                 raise
-        self.tiers.touch(key)
+        for used in (*members_of(key), key):
+            self.tiers.touch(used)
         self._failures.succeeded(key, api_token)
         return pin
 
     async def validate(self, key: AdapterKey, api_token: str) -> Adapter:
         """Brings an adapter to disk, checked and sized. Raises what `acquire` does."""
-        await self._removed(key)
+        made_of = await self._members_validated(key, api_token)
         with self._claimed(key):
-            return await self._validated(key, api_token)
+            return await self._validated(key, api_token, made_of)
 
     async def drop(self, key: AdapterKey) -> None:
         """Frees every tier once the requests that use the adapter have ended, also if cancelled.
 
         Requests for it that come meanwhile wait and fetch it anew. Raises ShardLost.
         """
+        self.tiers.unkeep(key)  # here as well, for a removal under way may be one that keeps pins
         await _shared(self._removals, key, self._remove(key))
 
     def find(self, key: AdapterKey) -> Adapter | None:
@@ -122,41 +131,69 @@ class AdapterDirectory:
                 del self._claims[key]
                 self.tiers.wake()
 
-    async def _removed(self, key: AdapterKey) -> None:
+    async def _members_validated(self, key: AdapterKey, api_token: str) -> tuple[str, ...]:
+        """The digests of a merged adapter's members; returns when no drop is in the way.
+
+        What was made of other content ends as if dropped, but for its pin. Nothing is claimed
+        meanwhile, since members may have to wait for disk room.
+        """
+        members = members_of(key)
+        found = await _all(self.validate(member, api_token) for member in members)
+        made_of = tuple(member.info.digest for member in found)
+        known = self._adapters.get(key)
+        if known is not None and known.made_of != made_of:
+            await _shared(self._removals, key, self._remove(key, is_pin_kept=True))
         while key in self._removals:
             await asyncio.shield(self._removals[key])
+        return made_of
 
-    async def _remove(self, key: AdapterKey) -> None:
+    async def _remove(self, key: AdapterKey, *, is_pin_kept: bool = False) -> None:
         await self.tiers.until(lambda: not self._is_disk_pinned(key))
         # Whoever asked for these is gone, and they would bring the adapter back.
         checks = [task for (checked, _), task in self._checks.items() if checked == key]
         await asyncio.gather(*checks, return_exceptions=True)
-        self.tiers.unkeep(key)
+        if not is_pin_kept:
+            self.tiers.unkeep(key)
         self._forget(key)
         self._failures.forget(key)
+        self._access.forget(key)
         await self.tiers.drop(key, Tier.DISK)
 
-    async def _validated(self, key: AdapterKey, api_token: str) -> Adapter:
+    async def _validated(
+        self, key: AdapterKey, api_token: str, made_of: tuple[str, ...]
+    ) -> Adapter:
         adapter = self._adapters.get(key)
-        if adapter is None or api_token or key in self._private:
+        if adapter is None or self._must_ask(key, api_token):
             self._failures.check(key, api_token)
-            check = self._check(key, api_token)
-            adapter = await _shared(self._checks, (key, api_token), check)
+            check = self._check(key, api_token, made_of)
+            adapter = await _shared(self._checks, self._callers.of(key, api_token), check)
         return adapter
 
-    async def _check(self, key: AdapterKey, api_token: str) -> Adapter:
-        with self._failures.watch(key, api_token):
-            info = await self.tiers.fetch_to_disk(key, api_token)
-            self._refuse_too_large(info)
+    def _must_ask(self, key: AdapterKey, api_token: str) -> bool:
+        """Whether it takes the source's word that this caller may use a known adapter.
+
+        Of a merged one, its members' sources have given theirs.
+        """
+        if members_of(key) or not (api_token or key in self._private):
+            return False
+        return not self._access.allows(key, api_token)
+
+    async def _check(self, key: AdapterKey, api_token: str, made_of: tuple[str, ...]) -> Adapter:
+        try:
+            with self._failures.watch(key, api_token), self._access.watch(key, api_token):
+                info = await self.tiers.fetch_to_disk(key, api_token)
+                self._refuse_too_large(info)
+        finally:
+            await self._delete_uncounted(members_of(key))
         if not api_token:
             self._private.discard(key)
-        elif key not in self._adapters:
+        elif key not in self._adapters and not made_of:
             self._private.add(key)
         known = self._adapters.get(key)
-        if known is not None and known.info.digest == info.digest:
-            return known
-        adapter = self._adapters[key] = Adapter(info, self.tiers.wake, known)
-        return adapter
+        if known is None or known.info.digest != info.digest:
+            known = self._adapters[key] = Adapter(info, self.tiers.wake, known)
+        known.made_of = made_of
+        return known
 
     def _refuse_too_large(self, info: AdapterInfo) -> None:
         limits = {
@@ -194,6 +231,12 @@ class AdapterDirectory:
             raise
         finally:
             pin.close()
+            await self._delete_uncounted(members_of(adapter.key))
+
+    async def _delete_uncounted(self, members: Iterable[AdapterKey]) -> None:
+        for member in members:
+            if not self._is_disk_pinned(member):  # else whoever fetches it counts it
+                await self.tiers.delete_uncounted(member)
 
     async def _retire(self, old: Adapter) -> None:
         """Drops a superseded content once the requests that began with it have ended."""
@@ -214,6 +257,15 @@ class AdapterDirectory:
 
     def _is_disk_pinned(self, key: AdapterKey) -> bool:
         return self._claims[key] > 0 or self._is_host_pinned(key)
+
+
+async def _all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Awaits every call to its end, then raises the first error or returns the results."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
 
 
 async def _shared(tasks: dict[K, asyncio.Task[T]], key: K, work: Coroutine[Any, Any, T]) -> T:

@@ -28,6 +28,11 @@ class RouterConfig:
         "longest time a remote adapter that failed is not tried again with the same token; the "
         "first time is a second, each next twice as long; 0 = always try",
     )
+    adapter_access_ttl: float = flag(
+        60.0,
+        "seconds a source's word holds that a token may read a private adapter; so long, at most, "
+        "a token works that was taken back; 0 = ask for every request",
+    )
     admin_api_key: str = flag(
         "",
         "key of the admin routes (/v1/adapters, /v1/aliases, vLLM's load and unload routes), sent "
@@ -79,6 +84,7 @@ class RouterConfig:
         check_range("metrics_max_adapters", self.metrics_max_adapters, 0, 10_000)
         check_range("request_timeout", self.request_timeout, 0, 86_400)
         check_range("adapter_failure_seconds", self.adapter_failure_seconds, 0, 86_400)
+        check_range("adapter_access_ttl", self.adapter_access_ttl, 0, 86_400)
         check_range("max_stop_sequences", self.max_stop_sequences, 0, 1024)
         check_range("max_best_of", self.max_best_of, 1, 128)
         check_range("prefill_chunk_tokens", self.prefill_chunk_tokens, 0, 1 << 20)

@@ -10,6 +10,7 @@ from itertools import count
 
 from lorafleet.cache.residency import ByteLedger
 from lorafleet.proto.messages import AdapterInfo, AdapterKey, ShardInfo, StepPlan, Tier
+from lorafleet.router.access import AccessMemory
 from lorafleet.router.activity import Activity
 from lorafleet.router.adapter import Adapter, AdapterPin, AdapterStatus
 from lorafleet.router.adapters import AdapterDirectory
@@ -43,6 +44,7 @@ class Engine:
         limits: SchedulerLimits,
         activity: Activity | None = None,
         failures: FailureMemory | None = None,
+        access: AccessMemory | None = None,
     ) -> None:
         self.info: ShardInfo = shards.info
         self.failed = asyncio.Event()
@@ -52,7 +54,7 @@ class Engine:
         self._scheduler = Scheduler(shards.info, limits, self._on_loaded, self._on_evicted)
         device = self._scheduler.device
         self._directory = AdapterDirectory(
-            shards, device.ledger.capacity, device.forget, self.activity, failures
+            shards, device.ledger.capacity, device.forget, self.activity, failures, access
         )
         self._generations: dict[Sequence, Generation] = {}
         self._tickets = count()
@@ -72,7 +74,8 @@ class Engine:
         limits = SchedulerLimits(config.prefill_chunk_tokens, config.prefix_caching)
         activity = Activity(config.metrics_max_adapters)
         failures = FailureMemory(config.adapter_failure_seconds)
-        engine = cls(shards, limits, activity, failures)
+        access = AccessMemory(config.adapter_access_ttl)
+        engine = cls(shards, limits, activity, failures, access)
         try:
             await engine._directory.start()
         except BaseException:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 from math import ceil
 
+from lorafleet.cache import recipe
 from lorafleet.proto.messages import AdapterKey
+from lorafleet.router.callers import Caller, Callers
 from lorafleet.router.errors import (
     AdapterError,
     AdapterForbidden,
@@ -26,7 +26,7 @@ _MAX_FAILURES = 10_000  # beyond them the one that failed longest ago is forgott
 _PASSING = (SourceUnavailable, SourceTimeout)
 _REMEMBERED = (*_PASSING, AdapterNotFound, AdapterForbidden, AdapterUnservable)
 
-_Caller = tuple[AdapterKey, bytes]  # an adapter and a token's fingerprint
+_UNREMEMBERED = ("local", recipe.SOURCE)
 
 
 @dataclass(slots=True)
@@ -42,7 +42,8 @@ class FailureMemory:
 
     It is remembered for the adapter's source, id and revision, and for the token it was tried
     with: another token or revision is tried at once. Local directories cost no one anything and
-    are not remembered: whoever repairs one expects to have it served. Does no I/O.
+    are not remembered: whoever repairs one expects to have it served. Nor are merges, whose
+    members are. Does no I/O.
     """
 
     def __init__(
@@ -50,15 +51,15 @@ class FailureMemory:
     ) -> None:
         """0 seconds remember nothing; `clock` tells seconds."""
         self._max_seconds, self._clock = max_seconds, clock
-        self._failures: OrderedDict[_Caller, _Failure] = OrderedDict()  # failed longest ago first
-        self._salt = secrets.token_bytes(16)  # a fingerprint is worth nothing outside this process
+        self._failures: OrderedDict[Caller, _Failure] = OrderedDict()  # failed longest ago first
+        self._callers = Callers()
 
     def __len__(self) -> int:
         return len(self._failures)
 
     def check(self, key: AdapterKey, api_token: str) -> None:
         """Raises the error of the last try, saying so, unless it is time to try again."""
-        failure = self._failures.get(self._caller(key, api_token))
+        failure = self._failures.get(self._callers.of(key, api_token))
         now = self._clock()
         if failure is None or now >= failure.retry_at:
             return
@@ -82,7 +83,7 @@ class FailureMemory:
     def succeeded(self, key: AdapterKey, api_token: str) -> None:
         """The adapter was had: an earlier failure says nothing any more."""
         if self._failures:
-            self._failures.pop(self._caller(key, api_token), None)
+            self._failures.pop(self._callers.of(key, api_token), None)
 
     def forget(self, key: AdapterKey) -> None:
         """Forgets an adapter's failures, whoever had them."""
@@ -90,9 +91,9 @@ class FailureMemory:
             del self._failures[caller]
 
     def _failed(self, key: AdapterKey, api_token: str, error: AdapterError) -> None:
-        if not self._max_seconds or key.source == "local":
+        if not self._max_seconds or key.source in _UNREMEMBERED:
             return
-        now, caller = self._clock(), self._caller(key, api_token)
+        now, caller = self._clock(), self._callers.of(key, api_token)
         last = self._failures.pop(caller, None)
         # Who has not asked for long does not ask too often.
         is_in_a_row = last is not None and now < last.retry_at + self._max_seconds
@@ -103,7 +104,3 @@ class FailureMemory:
             self._failures.popitem(last=False)
         if isinstance(error, _PASSING):
             error.retry_after_seconds = ceil(seconds)
-
-    def _caller(self, key: AdapterKey, api_token: str) -> _Caller:
-        fingerprint = blake2b(api_token.encode(errors="replace"), digest_size=16, key=self._salt)
-        return key, fingerprint.digest()

@@ -29,6 +29,10 @@ class Fields:
         """The same fields but for one."""
         return Fields({**self._values, name: value})
 
+    def named(self, prefix: str) -> Fields:
+        """The same fields, each called `prefix.name`, as refusals of an inner object's call it."""
+        return Fields({f"{prefix}.{name}": value for name, value in self._values.items()})
+
     def raw(self, name: str) -> Any:
         """The field as JSON gave it; None when absent."""
         return self._values.get(name)
@@ -49,11 +53,20 @@ class Fields:
         value = self._values.get(name)
         if value is None:
             return default
-        number = isinstance(value, float) or _is_integer(value)
-        if not number or not low <= value <= high or (above_low and value == low):
+        if not _is_number(value) or not low <= value <= high or (above_low and value == low):
             wanted = f"> {low:g} and <= {high:g}" if above_low else f"between {low:g} and {high:g}"
             raise refusal(name, f"a number {wanted}", value)
         return float(value)
+
+    def numbers(self, name: str, count: int, low: float, high: float) -> list[float]:
+        """A list of exactly `count` finite numbers in [low, high]; required."""
+        values = self.required(name)
+        if not isinstance(values, list) or len(values) != count:
+            raise refusal(name, f"a list of {count} numbers", values)
+        for value in values:
+            if not _is_number(value) or not low <= value <= high:
+                raise refusal(name, f"numbers between {low:g} and {high:g}", value)
+        return [float(value) for value in values]
 
     def boolean(self, name: str, default: bool = False) -> bool:
         """true or false."""
@@ -118,6 +131,10 @@ def check_string(name: str, value: Any) -> str:
 def refusal(name: str, wanted: str, value: Any) -> InvalidRequest:
     """The error for a field that is not what it must be."""
     return InvalidRequest(f"`{name}` must be {wanted}, got {_shown(value)}", name)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or _is_integer(value)
 
 
 def _is_integer(value: Any) -> bool:

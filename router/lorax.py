@@ -15,11 +15,11 @@ from lorafleet.router.deadline import Deadline, read_deadline
 from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, check_string
 from lorafleet.router.generation import Generation
+from lorafleet.router.merged_adapters import read_adapter_or_merge
 from lorafleet.router.prompt import (
     fit,
     max_prompt_tokens,
     max_total_tokens,
-    read_adapter,
     read_api_token,
 )
 from lorafleet.router.request import FinishReason, GenerationRequest, TokenEvent
@@ -100,11 +100,12 @@ def read_call(
     if not inputs:
         raise InvalidRequest("`inputs` cannot be empty", "inputs")
     fields = body.object("parameters") or Fields({})
-    fields.unsupported("merged_adapters", "response_format")
+    fields.unsupported("response_format")
     body.unsupported("tools")
     if fields.boolean("watermark"):
         raise InvalidRequest("`watermark` is not supported", "watermark")
-    adapter = read_adapter(fields.string("adapter_id", ""), "adapter_id", fields, config, aliases)
+    adapter_id = fields.string("adapter_id", "")
+    adapter = read_adapter_or_merge(adapter_id, "adapter_id", fields, config, aliases)
     call = LoraxCall(
         inputs=inputs,
         stream=body.boolean("stream") if stream is None else stream,

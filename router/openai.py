@@ -18,14 +18,15 @@ from lorafleet.router.deadline import Deadline, read_deadline
 from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, check_string
 from lorafleet.router.generation import Generation
-from lorafleet.router.prompt import read_adapter, read_api_token
+from lorafleet.router.merged_adapters import read_adapter_or_merge
+from lorafleet.router.prompt import read_api_token
 from lorafleet.router.request import FinishReason, GenerationRequest
 from lorafleet.router.sampling import Sampling, read_sampling
 from lorafleet.router.text import Completion, Token
 
 DONE = b"data: [DONE]\n\n"
 _MAX_TEMPERATURE = 2.0
-_UNSUPPORTED = ("tools", "functions", "merged_adapters", "logit_bias")
+_UNSUPPORTED = ("tools", "functions", "logit_bias")
 _FINISH_REASONS = {
     FinishReason.EOS_TOKEN: "stop",
     FinishReason.STOP_SEQUENCE: "stop",
@@ -106,7 +107,7 @@ def read_call(
     _refuse_response_format(fields)
     model = check_string("model", fields.required("model"))
     adapter_id = "" if model == served_model else model
-    adapter = read_adapter(adapter_id, "model", fields, config, aliases)
+    adapter = read_adapter_or_merge(adapter_id, "model", fields, config, aliases)
     stream = fields.boolean("stream")
     max_new_field = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
     options = fields.object("stream_options") or Fields({})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lorafleet.cache import recipe
 from lorafleet.proto.messages import AdapterKey, ShardInfo
 from lorafleet.router.aliases import Aliases
 from lorafleet.router.config import RouterConfig
@@ -11,7 +12,7 @@ from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, refusal
 
 BASE_MODEL = "__base_model__"  # LoRAX's name for no adapter
-SOURCES = ("local", "hub", "s3", "http")
+SOURCES = ("local", "hub", "s3", "http", recipe.SOURCE)
 MAX_ID_LENGTH = 512
 # What people write where an OpenAI client insists on a key.
 _PLACEHOLDER_KEYS = frozenset(
@@ -78,13 +79,15 @@ def read_adapter(
     """The adapter named by `adapter_id` and `adapter_source`; None = the base model.
 
     An alias is looked at only where no source is named, so an id can always be said in full.
-    A hub's id may have its revision: `owner/name@revision`.
+    A hub's id may have its revision: `owner/name@revision`. A merged adapter's id is its recipe.
     """
     source = fields.string("adapter_source", "").lower() or config.adapter_source or "hub"
     if source not in SOURCES:
         raise refusal("adapter_source", f"one of {', '.join(SOURCES)}", source)
     if adapter_id in ("", BASE_MODEL):
         return None
+    if source == recipe.SOURCE:
+        return _read_recipe(adapter_id, id_field)
     if not is_id(adapter_id):
         wanted = f"at most {MAX_ID_LENGTH} printable characters"
         raise refusal(id_field, wanted, adapter_id)
@@ -101,6 +104,13 @@ def adapter_key(source: str, adapter_id: str) -> AdapterKey:
     return AdapterKey(source, name, revision)
 
 
+def _read_recipe(text: str, id_field: str) -> AdapterKey:
+    try:
+        return recipe.MergeRecipe.parse(text).key
+    except ValueError as error:
+        raise InvalidRequest(f"`{id_field}`: {error}", id_field) from None
+
+
 def read_api_token(fields: Fields, adapter: AdapterKey | None, headers: Mapping[str, str]) -> str:
     """The caller's token for the adapter's source: the body's, else the bearer's; "" = none.
 
@@ -110,5 +120,6 @@ def read_api_token(fields: Fields, adapter: AdapterKey | None, headers: Mapping[
     scheme, _, bearer = headers.get("Authorization", "").partition(" ")
     if not token and scheme.lower() == "bearer":
         token = bearer.strip()
-    unused = adapter is None or adapter.source != "hub"
-    return "" if unused or token.lower() in _PLACEHOLDER_KEYS else token
+    asked = [] if adapter is None else [adapter, *recipe.members_of(adapter)]
+    is_used = any(key.source == "hub" for key in asked)
+    return token if is_used and token.lower() not in _PLACEHOLDER_KEYS else ""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from lorafleet.cache import recipe
 from lorafleet.router.answer import Answer, served_by
 from lorafleet.router.body import read_fields
 from lorafleet.router.chat import read_messages
@@ -55,7 +56,10 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 
 async def models(request: web.Request) -> web.Response:
-    """GET /v1/models: the base model, every adapter the shards know, and every alias."""
+    """GET /v1/models: the base model, every adapter the shards know, and every alias.
+
+    Merged adapters are not among them: they are known by what asked for them.
+    """
     service = request.app[SERVICE]
     info = service.engine.info
     card = {"object": "model", "created": service.started_at, "owned_by": "lorafleet"}
@@ -67,6 +71,7 @@ async def models(request: web.Request) -> web.Response:
         | {"source": adapter.key.source, "rank": adapter.rank}
         | {"tier": tiers.get(adapter.key, adapter.tier).name.lower()}
         for adapter in await service.engine.adapters()
+        if adapter.key.source != recipe.SOURCE
     ]
     aliases = [
         card | {"id": name, "root": str(key), "parent": info.model_id} | {"source": key.source}

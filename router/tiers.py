@@ -98,6 +98,14 @@ class HostAndDisk:
             self.host.remove(key)
             self.wake()
 
+    async def delete_uncounted(self, key: AdapterKey) -> None:
+        """Deletes what the shards fetched of themselves, to merge it, after it was evicted here.
+
+        Nobody may be fetching it: what is counted, or not downloaded, is left as it is.
+        """
+        if key.source != "local" and key not in self.disk and key not in self._drops:
+            await self._delete(key)
+
     def keep(self, key: AdapterKey) -> None:
         """An adapter in host memory stays there, and its download on disk, until `unkeep`."""
         self.host.keep(key)
@@ -188,9 +196,12 @@ class HostAndDisk:
         self.disk.num_evictions += 1
         self._activity.evicted(victim, Tier.DISK)
         self._forget(victim)
-        done = self._drops[victim] = asyncio.get_running_loop().create_future()
+        await self._delete(victim)
+
+    async def _delete(self, key: AdapterKey) -> None:
+        done = self._drops[key] = asyncio.get_running_loop().create_future()
         try:
-            await self.drop(victim, Tier.DISK)
+            await self.drop(key, Tier.DISK)
         finally:
-            del self._drops[victim]
+            del self._drops[key]
             done.set_result(None)

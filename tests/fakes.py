@@ -7,7 +7,7 @@ its stdin does.
 Adapters `adapter-0` .. `adapter-{num_adapters-1}` exist in every source, take
 `adapter_bytes * (1 + N % 3)` packed bytes and, from the hub, as many on disk. `private-N` is the
 same but needs the api_token "secret". `missing`, `broken`, `down` and `slow` fail with the status
-of their name; any other id is NOT_FOUND.
+of their name; any other id is NOT_FOUND. Merged adapters are made of any of them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 import grpc
 
+from lorafleet.cache.recipe import members_of
 from lorafleet.proto import shard_pb2
 from lorafleet.proto.codec import deserializer, encode, serialize
 from lorafleet.proto.flags import add_flags, flag, from_flags
@@ -224,6 +225,8 @@ class FakeShard:
                 self.adapters[request.key] = replace(held, tier=Tier(request.tier - 1))
 
     def _find(self, request: FetchAdapterRequest, context: Any) -> AdapterInfo:
+        if members := members_of(request.key):
+            return self._merge(request, members, context)
         kind, _, number = request.key.id.partition("-")
         if request.key.id in _FAULTS:
             context.abort(*_FAULTS[request.key.id])
@@ -237,6 +240,18 @@ class FakeShard:
         digest = self.contents.get(request.key.id, f"digest of {request.key}")
         disk = nbytes if request.key.source == "hub" else 0
         return AdapterInfo(request.key, digest, 8, nbytes, disk, ["q_proj"], request.tier)
+
+    def _merge(
+        self, request: FetchAdapterRequest, members: tuple[AdapterKey, ...], context: Any
+    ) -> AdapterInfo:
+        """As large as the largest member; members are fetched where they are not there."""
+        infos = [self._find(replace(request, key=key), context) for key in members]
+        with self._changed:
+            for info in infos:
+                self.adapters.setdefault(info.key, replace(info, tier=Tier.DISK))
+        nbytes = max(info.packed_bytes for info in infos)
+        digest = " + ".join(info.digest for info in infos)
+        return AdapterInfo(request.key, digest, 8, nbytes, nbytes, ["q_proj"], request.tier)
 
     def _full_tier(self) -> str:
         """The name of a tier over its budget, or ""."""

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("proto", "kernels", "cache", "router", "shard", "client", "deploy")
-LEDGERS = ("pages", "prefix", "slots", "layout", "errors")
+LEDGERS = ("pages", "prefix", "slots", "layout", "errors", "recipe")
 LAUNCHER = ("cli", "serve", "launch", "child", "screen", "banner", "resources")
 IMPORT_WITHOUT_TORCH = """
 import sys

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from lorafleet.cache import recipe
 from lorafleet.cache.disk_tier import DiskTier
-from lorafleet.cache.sources import http, hub, local, s3
+from lorafleet.cache.layout import ModelLayout
+from lorafleet.cache.sources import http, hub, local, merged, s3
 from lorafleet.cache.sources.source import AdapterSource, Patience
 
 
@@ -33,15 +35,17 @@ class SourceConfig(Protocol):
     def adapter_download_seconds(self) -> float: ...
 
 
-def open_sources(config: SourceConfig, hub_endpoint: str | None = None) -> dict[str, AdapterSource]:
-    """The remote sources share one disk tier and its budget.
+def open_sources(
+    config: SourceConfig, layout: ModelLayout, hub_endpoint: str | None = None
+) -> dict[str, AdapterSource]:
+    """All but the local one share one disk tier and its budget; merging takes from the others.
 
     `hub_endpoint`: base URL of the hub, None for what HF_ENDPOINT says. Raises ValueError naming
     a flag.
     """
     disk = DiskTier(Path(config.adapter_cache_dir).expanduser(), config.adapter_disk_bytes)
     patience = Patience(config.adapter_answer_seconds, config.adapter_download_seconds)
-    return {
+    sources: dict[str, AdapterSource] = {
         local.SOURCE: local.LocalSource(config.adapter_root),
         hub.SOURCE: hub.HubSource(disk, hub_endpoint, patience),
         s3.SOURCE: s3.S3Source(
@@ -51,3 +55,4 @@ def open_sources(config: SourceConfig, hub_endpoint: str | None = None) -> dict[
             disk, config.adapter_http_hosts, config.adapter_archive_bytes, patience
         ),
     }
+    return sources | {recipe.SOURCE: merged.MergedSource(disk, sources, layout)}

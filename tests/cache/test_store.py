@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lorafleet.cache.errors import AdapterFault, AdapterNotFound, AdapterUnservable, TierFull
+from lorafleet.cache.recipe import Member, MergeRecipe
 from lorafleet.cache.store import AdapterStore
 from lorafleet.proto.flags import Bytes
 from lorafleet.proto.messages import (
@@ -22,7 +23,14 @@ from lorafleet.proto.messages import (
     FetchProgress,
     Tier,
 )
-from tests.cache.adapter_cases import Settings, config_of, tensors_of, tiny_layout, write_adapter
+from tests.cache.adapter_cases import (
+    HIDDEN,
+    Settings,
+    config_of,
+    tensors_of,
+    tiny_layout,
+    write_adapter,
+)
 from tests.cache.hub_stand_in import Hub, Repo
 
 ONE, TWO = AdapterKey("local", "one"), AdapterKey("local", "two")
@@ -163,6 +171,35 @@ def test_an_adapter_that_changed_on_disk_is_read_again(store: AdapterStore, tmp_
     after = fetch(store, ONE)
     assert (before.rank, after.rank) == (4, 2)
     assert after.digest != before.digest
+
+
+def test_a_merge_is_an_adapter_in_every_tier(store: AdapterStore, hub: Hub) -> None:
+    key = MergeRecipe((Member(ONE, 0.25), Member(HUB, 0.25))).key
+    sized = fetch(store, key, Tier.DISK)
+    assert (sized.tier, sized.rank, sized.target_modules) == (Tier.DISK, 4, ["q_proj"])
+    assert sized.disk_bytes > 0
+    assert fetch(store, key) == replace(sized, tier=Tier.HOST)
+    # A and B are summed apart, so two quarters of the same adapter are that adapter.
+    fetch(store, ONE)
+    merged, whole = store.host(key), store.host(ONE)
+    assert merged.form == whole.form
+    product, expected = (_product(packed.form.rows[0], packed.buffer) for packed in (merged, whole))
+    torch.testing.assert_close(product, expected, rtol=0.02, atol=0.1)
+    assert key in [info.key for info in store.list()]
+    hub.repos["owner/adapter"].token = "hf_right"  # what is here of it was public
+    assert fetch(store, key).tier is Tier.HOST
+    drop(store, key, Tier.HOST)
+    with pytest.raises(AdapterNotFound):
+        store.host(key)
+    drop(store, key, Tier.DISK)
+    assert key not in [info.key for info in store.list()]
+
+
+def _product(row: tuple[int, ...], buffer: torch.Tensor) -> torch.Tensor:
+    """B A of a site's first target, from where a form's row says they lie."""
+    a, _, rank, b = row[:4]
+    a_block = buffer[a : a + rank * HIDDEN].view(rank, HIDDEN).float()
+    return buffer[b : b + rank * HIDDEN].view(rank, HIDDEN).float().T @ a_block
 
 
 def test_lists_what_anyone_may_use(config: Settings, hub: Hub, tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lorafleet.cache.recipe import MergeRecipe
+from tests.peft_merges import add_merge
+
 
 class Oracle:
     """Greedy answers of a checkpoint with any of its adapters."""
@@ -17,6 +20,10 @@ class Oracle:
         self._model = PeftModel.from_pretrained(base, adapter_root / adapters[0], adapters[0])
         for name in adapters[1:]:
             self._model.load_adapter(adapter_root / name, name)
+
+    def merge(self, recipe: MergeRecipe) -> None:
+        """Adds a merge of the adapters, called as its recipe's seed."""
+        add_merge(self._model, recipe, str(recipe.seed))
 
     @torch.no_grad()
     def answer(self, prompt_ids: list[int], adapter: str | None, max_new_tokens: int) -> list[int]:

@@ -51,7 +51,7 @@ def make_family(name: str, directory: Path) -> Family:
         adapter = [*names, None][index % (len(names) + 1)]
         prompt = shared + _text(rng, rng.randint(1, 60))
         new = rng.randint(8, 24)
-        answer = oracle.answer(_ids(prompt), adapter, new)
+        answer = oracle.answer(ids_of(prompt), adapter, new)
         questions.append(Question(prompt, adapter, new, answer))
     return Family(model, directory / "adapters", questions)
 
@@ -78,6 +78,6 @@ def _text(rng: random.Random, length: int) -> str:
     return "".join(rng.choice(_LETTERS) for _ in range(length))
 
 
-def _ids(text: str) -> list[int]:
+def ids_of(text: str) -> list[int]:
     """As `fake_tokenizer` numbers printable ASCII."""
     return [ord(letter) - 0x20 + 3 for letter in text]

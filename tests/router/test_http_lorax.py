@@ -366,14 +366,13 @@ BAD_PARAMETERS: list[tuple[dict[str, Any], str]] = [
     ({"details": "yes"}, "`details` must be true or false, got 'yes'"),
     (
         {"adapter_source": "pbase"},
-        "`adapter_source` must be one of local, hub, s3, http, got 'pbase'",
+        "`adapter_source` must be one of local, hub, s3, http, merged, got 'pbase'",
     ),
     ({"adapter_id": 3}, "`adapter_id` must be a string, got 3"),
     ({"adapter_id": "a\nb"}, "`adapter_id` must be at most 512 printable characters"),
     ({"adapter_id": "a" * 513}, "`adapter_id`"),
     ({"api_token": 5}, "`api_token` must be a string"),
     ({"watermark": True}, "`watermark` is not supported"),
-    ({"merged_adapters": {"ids": ["a"]}}, "`merged_adapters` is not supported yet"),
     ({"response_format": {"type": "json_object"}}, "`response_format` is not supported yet"),
     (
         {"max_new_tokens": 2046},

@@ -271,7 +271,12 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("completions", {"logit_bias": {"1": 2}}, "`logit_bias` is not supported", "logit_bias"),
     ("chat/completions", {"messages": []}, "`messages` must be a non-empty list", "messages"),
     ("chat/completions", {"tools": [{}]}, "`tools` is not supported yet", "tools"),
-    ("chat/completions", {"merged_adapters": {"ids": []}}, "`merged_ad", "merged_adapters"),
+    (
+        "chat/completions",
+        {"merged_adapters": {"ids": []}},
+        "`merged_adapters.ids` must have between 2 and 16 adapters",
+        "merged_adapters.ids",
+    ),
     (
         "chat/completions",
         {"response_format": {"type": "json_object"}},
