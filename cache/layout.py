@@ -62,11 +62,25 @@ class LoraSite:
 
 
 @dataclass(frozen=True, slots=True)
+class MoeLayer:
+    """A mixture of experts; its linears are targets like others.
+
+    `path` is where transformers has it, such as `model.layers.0.mlp`. `gate` is the router's target
+    and `experts` are each expert's gate, up and down, by the names of the model's checkpoints.
+    """
+
+    path: str
+    gate: str
+    experts: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelLayout:
     """Every site of the served model, in the order of the slot table's second axis."""
 
     model_id: str
     sites: tuple[LoraSite, ...]
+    moe: tuple[MoeLayer, ...] = ()
 
     def targets(self) -> dict[str, TargetModule]:
         """Every target by its name."""

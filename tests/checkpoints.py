@@ -19,9 +19,11 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from tests.fake_tokenizer import VOCAB_SIZE, tokenizer_config_json, tokenizer_json
@@ -51,6 +53,17 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "gemma": (GemmaConfig, {"head_dim": 16, "tie_word_embeddings": True}),
     "gemma2": (Gemma2Config, {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16}),
     "phi3": (Phi3Config, {"partial_rotary_factor": 0.5}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "head_dim": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "decoder_sparse_step": 2,  # the first layer is dense
+        },
+    ),
 }
 
 
@@ -79,8 +92,16 @@ RECIPES = (
     Recipe("r4-gate-k", 4, 12, ("k_proj", "gate_proj")),
 )
 
+# What of them a mixture of experts has as linears.
+MOE_RECIPES = tuple(recipe for recipe in RECIPES if set(recipe.targets) <= set(_ATTENTION))
+
 _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 _FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+
+
+def recipes_of(family: str) -> tuple[Recipe, ...]:
+    """The adapters that the tests make for a family."""
+    return MOE_RECIPES if family in ("mixtral", "qwen3_moe") else RECIPES
 
 
 def make_checkpoint(
