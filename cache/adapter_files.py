@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafleet.cache.errors import AdapterUnservable, shown
+from lorafleet.cache.expert_files import ExpertFiles
 from lorafleet.cache.layout import ModelLayout, TargetModule
 from lorafleet.cache.packed_form import PackedForm, plan_form
 from lorafleet.cache.parts import PartSpec
@@ -91,7 +92,7 @@ def read_spec(directory: Path, layout: ModelLayout) -> AdapterSpec:
         tensors = read_header(directory / WEIGHTS_FILE)
     except OSError as error:
         raise unreadable(error) from None
-    modules = _modules(_pairs(tensors), config, layout)
+    modules = _modules(ExpertFiles(_pairs(tensors), config, layout), config, layout)
     return AdapterSpec(directory, states, modules)
 
 
@@ -158,23 +159,25 @@ def _pairs(tensors: dict[str, TensorRef]) -> dict[str, dict[str, TensorRef]]:
     return pairs
 
 
-def _modules(
-    pairs: dict[str, dict[str, TensorRef]], config: PeftConfig, layout: ModelLayout
-) -> dict[str, ModuleSpec]:
+def _modules(files: ExpertFiles, config: PeftConfig, layout: ModelLayout) -> dict[str, ModuleSpec]:
     targets = layout.targets()
     modules = {}
-    for name, pair in pairs.items():
+    for name, pair in files.pairs.items():
         if name not in targets:
             raise AdapterUnservable(
                 f"The adapter changes the module {shown(name)}, which is not among the adaptable "
                 f"linear layers of {layout.model_id}; it was made for {shown(config.base_model)}."
             )
-        modules[name] = _module(targets[name], pair, config, layout)
+        modules[name] = _module(targets[name], pair, files.config_name(name), config, layout)
     return modules
 
 
 def _module(
-    target: TargetModule, pair: dict[str, TensorRef], config: PeftConfig, layout: ModelLayout
+    target: TargetModule,
+    pair: dict[str, TensorRef],
+    config_name: str,
+    config: PeftConfig,
+    layout: ModelLayout,
 ) -> ModuleSpec:
     for side, other in ("AB", "BA"):
         if side not in pair:
@@ -184,10 +187,10 @@ def _module(
                 f"lora_{side} of {target.name} is {pair[side].dtype}; it must be one of "
                 f"{', '.join(_DTYPES)}."
             )
-    rank = config.rank_of(target.name)
+    rank, scale = config.rank_of(config_name), config.scale_of(config_name)
     _check_shape(target, "A", pair["A"], (rank, target.in_features), config, layout)
     _check_shape(target, "B", pair["B"], (target.out_features, rank), config, layout)
-    return ModuleSpec(target, rank, config.scale_of(target.name), pair["A"], pair["B"])
+    return ModuleSpec(target, rank, scale, pair["A"], pair["B"])
 
 
 def _check_shape(

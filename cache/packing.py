@@ -14,7 +14,7 @@ from lorafleet.cache.errors import AdapterUnservable, SourceUnavailable
 from lorafleet.cache.layout import ModelLayout
 from lorafleet.cache.packed_form import PackedForm
 from lorafleet.cache.parts import PartSpec
-from lorafleet.cache.safetensors_file import TensorRef
+from lorafleet.cache.safetensors_file import TensorCut, TensorRef
 
 _TORCH_DTYPES = {
     "F32": torch.float32,
@@ -22,6 +22,7 @@ _TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F64": torch.float64,
 }
+_MAX_CUT = 4  # A and B of gate_up and of down: a layer of experts
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -109,6 +110,7 @@ class _WeightsReader:
 
     def __init__(self, spec: AdapterSpec) -> None:
         self._path = spec.directory / WEIGHTS_FILE
+        self._cut: dict[str, torch.Tensor] = {}  # tensors that parts were read of, the last few
 
     def __enter__(self) -> Self:
         try:
@@ -121,7 +123,9 @@ class _WeightsReader:
         os.close(self._fd)
 
     def read(self, ref: TensorRef) -> torch.Tensor:
-        """A tensor in the file's own dtype and shape."""
+        """A tensor, or part of one, in the file's own dtype."""
+        if isinstance(ref, TensorCut):
+            return self._whole(ref.whole).view(ref.view)[ref.index]
         data, done = memoryview(bytearray(ref.nbytes)), 0
         try:
             while done < ref.nbytes:
@@ -132,3 +136,11 @@ class _WeightsReader:
         except OSError as error:
             raise unreadable(error) from None
         return torch.frombuffer(data, dtype=_TORCH_DTYPES[ref.dtype]).view(ref.shape)
+
+    def _whole(self, ref: TensorRef) -> torch.Tensor:
+        """A tensor of which more parts will be asked for soon."""
+        if ref.name not in self._cut:
+            if len(self._cut) >= _MAX_CUT:
+                self._cut.clear()
+            self._cut[ref.name] = self.read(ref)
+        return self._cut[ref.name]

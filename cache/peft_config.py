@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from lorafleet.cache.errors import AdapterUnservable, shown
@@ -22,7 +24,6 @@ _UNSERVED_FIELDS = (
     "layer_replication",
     "alora_invocation_tokens",
     "trainable_token_indices",
-    "target_parameters",
     "use_qalora",
     "use_bdlora",
     "arrow_config",
@@ -43,17 +44,32 @@ class PeftConfig:
     use_rslora: bool
     rank_pattern: ModulePatterns
     alpha_pattern: ModulePatterns
+    target_parameters: frozenset[str] = frozenset()
 
     def rank_of(self, module: str) -> int:
-        """The rank peft gives this module."""
-        rank: int = self.rank_pattern.get(module, self.rank)
+        """The rank peft gives this module or parameter."""
+        rank: int = self.rank_pattern.get(self._pattern_name(module), self.rank)
         return rank
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether `target_parameters` has this name, or an end of it after a dot."""
+        return any(end in self.target_parameters for end in ends_of(name))
+
+    def _pattern_name(self, module: str) -> str:
+        weight = f"{module}.weight"
+        return weight if self.targets_parameter(weight) else module
 
     def scale_of(self, module: str) -> float:
         """The factor on B(A(x)): alpha / r, or alpha / sqrt(r) for rsLoRA."""
-        rank, alpha = self.rank_of(module), self.alpha_pattern.get(module, self.alpha)
+        alpha = self.alpha_pattern.get(self._pattern_name(module), self.alpha)
+        rank = self.rank_of(module)
         scale: float = alpha / (math.sqrt(rank) if self.use_rslora else rank)
         return scale
+
+
+def ends_of(name: str) -> Iterator[str]:
+    """A dotted name and what of it is left after each of its dots, shortest first."""
+    return accumulate(reversed(name.split(".")), lambda end, part: f"{part}.{end}")
 
 
 def parse_config(data: bytes) -> PeftConfig:
@@ -73,6 +89,7 @@ def parse_config(data: bytes) -> PeftConfig:
         alpha_pattern=ModulePatterns(
             "alpha_pattern", {key: _number("alpha_pattern", value) for key, value in alphas.items()}
         ),
+        target_parameters=_strings(config, "target_parameters"),
     )
 
 
@@ -113,6 +130,15 @@ def _object(config: dict[str, Any], field: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise AdapterUnservable(f"{field} is {shown(value)}; it must be an object.")
     return value or {}
+
+
+def _strings(config: dict[str, Any], field: str) -> frozenset[str]:
+    value = config.get(field)
+    if value is not None and not (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+    ):
+        raise AdapterUnservable(f"{field} is {shown(value)}; it must be a list of strings.")
+    return frozenset(value or ())
 
 
 def _rank(field: str, value: Any) -> int:

@@ -10,9 +10,10 @@ from typing import Any
 
 import aiohttp
 
-from tests.checkpoints import make_adapters, make_checkpoint, recipes_of
+from tests.checkpoints import has_experts, make_adapters, make_checkpoint, recipes_of
 from tests.e2e.oracle import Oracle
 from tests.e2e.service import Service
+from tests.expert_adapters import EACH, write_each
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz "
 _NUM_QUESTIONS = 32
@@ -44,6 +45,9 @@ def make_family(name: str, directory: Path) -> Family:
     recipes = recipes_of(name)
     make_adapters(model, directory / "adapters", recipes)
     names = [recipe.name for recipe in recipes]
+    if has_experts(name):
+        write_each(model, directory / "adapters" / EACH)
+        names.append(EACH)
     oracle = Oracle(model, directory / "adapters", names)
     rng = random.Random(7)
     shared = _text(rng, _SHARED_PREFIX)
