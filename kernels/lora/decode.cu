@@ -160,7 +160,7 @@ int expand_decode(void* y, const float* partial, const Site& site, const int* ro
                   int capacity, int max_rank, int splits, cudaStream_t stream) {
   if (tokens >= (max_rank <= 32 ? 4 : 16)) {
     const dim3 pairs((tiles_of(site, kOutTile) + kAloneWarps - 1) / kAloneWarps, tokens);
-    const Pending pending{partial, site, row_slots, tokens, capacity, splits};
+    const Pending pending{site, capacity, partial, row_slots, tokens, splits};
     return launch(expand_alone_kernel<T>, pairs, 32 * kAloneWarps, 0, stream,
                   static_cast<T*>(y), pending, width_of(site));
   }

@@ -5,12 +5,17 @@
 
 namespace lorafleet {
 
-// What a product still lacks: each row's shrunk x, to be multiplied by the B of its slot.
+// What a product still lacks: each row's shrunk x, to be multiplied by the B of its slot. Either of
+// rows of few tokens (partial sums, slots found by row) or of tiles.
 struct Pending {
-  const float* partial;  // [splits, num_tokens, capacity]
   Site site;
+  int capacity;  // ranks from one token to the next
+  const float* partial;  // [splits, num_tokens, capacity]
   const int* row_slots;
-  int num_tokens, capacity, splits;
+  int num_tokens, splits;
+  const void* h;  // [num_tokens, capacity], summed and rounded; only a slot's ranks are written
+  const int* tiles;  // [num_tiles, 3]: slot, first token, end; null where there are none
+  int num_tiles;
 };
 
 // The part of one slot's adapter that an output of the site gets: b is at that output.
