@@ -90,12 +90,11 @@ class ExpertFiles:
                 self._put(name, {side: _cut(side, tensor, rank, *places)}, parameter)
 
     def _put(self, target: str, tensors: dict[str, TensorRef], config_name: str) -> None:
-        if self._config_names.setdefault(target, config_name) != config_name or (
-            self.pairs.get(target, {}).keys() & tensors.keys()
-        ):
+        if target in self.pairs and self._config_names.get(target) != config_name:
             raise AdapterUnservable(
                 f"The adapter changes {target} twice: by itself, and with {config_name}."
             )
+        self._config_names[target] = config_name
         self.pairs.setdefault(target, {}).update(tensors)
 
 

@@ -53,7 +53,7 @@ class PeftConfig:
 
     def targets_parameter(self, name: str) -> bool:
         """Whether `target_parameters` has this name, or an end of it after a dot."""
-        return any(end in self.target_parameters for end in ends_of(name))
+        return not self.target_parameters.isdisjoint(ends_of(name))
 
     def _pattern_name(self, module: str) -> str:
         weight = f"{module}.weight"

@@ -270,3 +270,10 @@ def test_what_is_not_the_experts_is_refused_by_name(made: Made, tmp_path: Path) 
         made, tmp_path / "h", "both",
         **{f"base_model.model.{single}.lora_A.weight": torch.zeros(4, in_features)},
     )  # fmt: skip
+    assert f"{single} twice" in refusal(
+        made, tmp_path / "i", "both",
+        **{
+            f"base_model.model.{made.decoder.layout.moe[0].path}.experts.lora_B.weight": None,
+            f"base_model.model.{single}.lora_B.weight": torch.zeros(hidden, 4),
+        },
+    )  # fmt: skip
