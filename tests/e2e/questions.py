@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.checkpoints import RECIPES, make_adapters, make_checkpoint
+from tests.checkpoints import RECIPES, SCALING_RECIPES, make_adapters, make_checkpoint
 from tests.e2e.oracle import Oracle
 from tests.e2e.service import Service
 
@@ -41,8 +41,9 @@ class Family:
 def make_family(name: str, directory: Path) -> Family:
     """Makes a family's folders under `directory` and asks peft."""
     model = make_checkpoint(name, directory / "model")
-    make_adapters(model, directory / "adapters")
-    names = [recipe.name for recipe in RECIPES]
+    recipes = RECIPES + SCALING_RECIPES
+    make_adapters(model, directory / "adapters", recipes)
+    names = [recipe.name for recipe in recipes]
     oracle = Oracle(model, directory / "adapters", names)
     rng = random.Random(7)
     shared = _text(rng, _SHARED_PREFIX)
