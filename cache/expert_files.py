@@ -13,21 +13,22 @@ from __future__ import annotations
 
 from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.layout import ModelLayout, MoeLayer
+from lorafleet.cache.linear_tensors import LORA_A, LORA_B
 from lorafleet.cache.peft_config import PeftConfig, ends_of
 from lorafleet.cache.safetensors_file import TensorCut, TensorRef
 
-Pairs = dict[str, dict[str, TensorRef]]  # module name -> its tensors under "A" and "B"
+Modules = dict[str, dict[str, TensorRef]]  # module name -> its tensors by kind
 
 
 _PARAMETERS = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
 
 
 class ExpertFiles:
-    """An adapter's pairs by the layout's names, and the names its config knows them by."""
+    """An adapter's tensors by the layout's names, and the names its config knows them by."""
 
-    def __init__(self, pairs: Pairs, config: PeftConfig, layout: ModelLayout) -> None:
+    def __init__(self, modules: Modules, config: PeftConfig, layout: ModelLayout) -> None:
         """Raises AdapterUnservable for shapes that are not the experts'."""
-        self.pairs: Pairs = dict(pairs)
+        self.modules: Modules = dict(modules)
         self._config, self._layout = config, layout
         self._targets = layout.targets()
         self._config_names: dict[str, str] = {}
@@ -53,12 +54,12 @@ class ExpertFiles:
             )
 
     def _rename(self, name: str, target: str) -> None:
-        if name in self.pairs:
-            self._put(target, self.pairs.pop(name), name)
+        if name in self.modules:
+            self._put(target, self.modules.pop(name), name)
 
     def _unfold_layer(self, layer: MoeLayer) -> None:
         wrapper = f"{layer.path}.experts"
-        if not self.pairs.keys() & {wrapper, f"{wrapper}.base_layer"}:
+        if not self.modules.keys() & {wrapper, f"{wrapper}.base_layer"}:
             return
         parameters: dict[str, list[tuple[str, ...]]] = {
             f"{wrapper}.gate_up_proj": [experts[:2] for experts in layer.experts],
@@ -67,46 +68,46 @@ class ExpertFiles:
         targeted = [name for name in parameters if self._config.targets_parameter(name)]
         wrappers = [f"{wrapper}.base_layer", wrapper][2 - len(targeted) :]
         for parameter, name in zip(targeted, wrappers, strict=True):
-            for side, tensor in self.pairs.pop(name, {}).items():
-                self._unfold(side, tensor, parameter, parameters[parameter])
+            for kind, tensor in self.modules.pop(name, {}).items():
+                self._unfold(kind, tensor, parameter, parameters[parameter])
 
     def _unfold(
-        self, side: str, tensor: TensorRef, parameter: str, experts: list[tuple[str, ...]]
+        self, kind: str, tensor: TensorRef, parameter: str, experts: list[tuple[str, ...]]
     ) -> None:
         """Cuts one tensor of all experts; `experts` names each one's targets, outputs in order."""
         rank, first = self._config.rank_of(parameter), self._targets[experts[0][0]]
         outs = len(experts[0]) * first.out_features
         width = rank * len(experts)
-        wanted = (width, first.in_features) if side == "A" else (outs, width)
+        wanted = (width, first.in_features) if kind == LORA_A else (outs, width)
         if tensor.shape != wanted:
             raise AdapterUnservable(
-                f"lora_{side} of {parameter} has shape {list(tensor.shape)}; with the config's "
+                f"{kind} of {parameter} has shape {list(tensor.shape)}; with the config's "
                 f"rank it must be {list(wanted)} on {self._layout.model_id}; the adapter was made "
                 f"for {shown(self._config.base_model)}."
             )
         for expert, names in enumerate(experts):
             for part, name in enumerate(names):
                 places = (expert, len(experts)), (part, len(names))
-                self._put(name, {side: _cut(side, tensor, rank, *places)}, parameter)
+                self._put(name, {kind: _cut(kind, tensor, rank, *places)}, parameter)
 
     def _put(self, target: str, tensors: dict[str, TensorRef], config_name: str) -> None:
-        if target in self.pairs and self._config_names.get(target) != config_name:
+        if target in self.modules and self._config_names.get(target) != config_name:
             raise AdapterUnservable(
                 f"The adapter changes {target} twice: by itself, and with {config_name}."
             )
         self._config_names[target] = config_name
-        self.pairs.setdefault(target, {}).update(tensors)
+        self.modules.setdefault(target, {}).update(tensors)
 
 
 def _cut(
-    side: str, tensor: TensorRef, rank: int, expert: tuple[int, int], part: tuple[int, int]
+    kind: str, tensor: TensorRef, rank: int, expert: tuple[int, int], part: tuple[int, int]
 ) -> TensorCut:
     """One target's A [rank, in] or B [out, rank]; `expert` and `part` each with their number."""
     number, num_experts = expert
     rows, columns = tensor.shape
     view, shape = (num_experts, rank, columns), (rank, columns)
     index: tuple[int | slice, ...] = (number,)
-    if side == "B":
+    if kind == LORA_B:
         out_features = rows // part[1]
         outputs = slice(part[0] * out_features, (part[0] + 1) * out_features)
         view, shape = (rows, rank, num_experts), (out_features, rank)

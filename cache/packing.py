@@ -9,9 +9,10 @@ from typing import Self
 
 import torch
 
-from lorafleet.cache.adapter_files import WEIGHTS_FILE, AdapterSpec, ModuleSpec, unreadable
+from lorafleet.cache.adapter_files import WEIGHTS_FILE, AdapterSpec, unreadable
 from lorafleet.cache.errors import AdapterUnservable, SourceUnavailable
 from lorafleet.cache.layout import ModelLayout
+from lorafleet.cache.linears import ModuleSpec
 from lorafleet.cache.packed_form import PackedForm
 from lorafleet.cache.parts import PartSpec
 from lorafleet.cache.safetensors_file import TensorCut, TensorRef
@@ -52,7 +53,6 @@ def pack(
     Raises AdapterUnservable for values that are not finite, in the file or in the serving dtype,
     and SourceUnavailable when the files changed meanwhile.
     """
-    done = 0
     with _WeightsReader(spec) as reader:
         for site, row in zip(layout.sites, packed.form.rows, strict=True):
             a_offset = row[0]
@@ -62,13 +62,11 @@ def pack(
                     _pack_a(reader.read(module.a), module, packed.buffer, a_offset)
                     _pack_b(reader.read(module.b), module, packed.buffer, b_offset)
                     a_offset += module.rank * target.in_local
-                    done += module.a.nbytes + module.b.nbytes
-                    progress(done)
+                    progress(reader.done)
         for part, placed in zip(spec.parts, packed.form.parts, strict=True):
             block = packed.buffer[placed.offset : placed.offset + placed.num_elements]
             _pack_part([reader.read(ref) for ref in part.refs], part, block.view(placed.shape))
-            done += sum(ref.nbytes for ref in part.refs)
-            progress(done)
+            progress(reader.done)
     if not spec.is_current():
         raise SourceUnavailable("The adapter's files changed while they were read; try again.")
 
@@ -90,8 +88,8 @@ def _pack_b(weight: torch.Tensor, module: ModuleSpec, buffer: torch.Tensor, offs
 
 
 def _pack_part(weights: list[torch.Tensor], part: PartSpec, block: torch.Tensor) -> None:
-    for weight in weights:
-        _check_finite(weight, weight, part.name)
+    for ref, weight in zip(part.refs, weights, strict=True):
+        _check_finite(weight, weight, ref.name)
     built = part.build(weights)
     block.copy_(built)
     _check_finite(built, block, part.name)
@@ -111,6 +109,8 @@ class _WeightsReader:
     def __init__(self, spec: AdapterSpec) -> None:
         self._path = spec.directory / WEIGHTS_FILE
         self._cut: dict[str, torch.Tensor] = {}  # tensors that parts were read of, the last few
+        self._read: set[TensorRef] = set()
+        self.done = 0  # bytes of the tensors read, each counted once
 
     def __enter__(self) -> Self:
         try:
@@ -135,6 +135,9 @@ class _WeightsReader:
                 done += count
         except OSError as error:
             raise unreadable(error) from None
+        if ref not in self._read:
+            self._read.add(ref)
+            self.done += ref.nbytes
         return torch.frombuffer(data, dtype=_TORCH_DTYPES[ref.dtype]).view(ref.shape)
 
     def _whole(self, ref: TensorRef) -> torch.Tensor:

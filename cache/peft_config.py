@@ -11,6 +11,7 @@ from typing import Any
 
 from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.patterns import ModulePatterns
+from lorafleet.cache.target_rule import TargetRule
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -18,8 +19,6 @@ MAX_RANK = 512
 
 # Fields that change what the adapter computes; each is served only when absent or empty.
 _UNSERVED_FIELDS = (
-    "use_dora",
-    "lora_bias",
     "modules_to_save",
     "layer_replication",
     "alora_invocation_tokens",
@@ -30,8 +29,9 @@ _UNSERVED_FIELDS = (
     "kasa_config",
     "monteclora_config",
 )
+_BIASES = (None, "none", "all", "lora_only")
 # Starting points that leave the base weights as they are. The others train against changed ones.
-_SERVED_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+_SERVED_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,9 @@ class PeftConfig:
     rank: int
     alpha: float
     use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    targets: TargetRule
     rank_pattern: ModulePatterns
     alpha_pattern: ModulePatterns
     target_parameters: frozenset[str] = frozenset()
@@ -54,6 +57,10 @@ class PeftConfig:
     def targets_parameter(self, name: str) -> bool:
         """Whether `target_parameters` has this name, or an end of it after a dot."""
         return not self.target_parameters.isdisjoint(ends_of(name))
+
+    def targets_weight_of(self, name: str) -> bool:
+        """Whether `target_parameters` has this parameter, or the weight of this module."""
+        return self.targets_parameter(name) or self.targets_parameter(f"{name}.weight")
 
     def _pattern_name(self, module: str) -> str:
         weight = f"{module}.weight"
@@ -83,6 +90,9 @@ def parse_config(data: bytes) -> PeftConfig:
         rank=_rank("r", config.get("r", 8)),
         alpha=_number("lora_alpha", config.get("lora_alpha", 8)),
         use_rslora=_bool(config, "use_rslora"),
+        use_dora=_bool(config, "use_dora"),
+        lora_bias=_bool(config, "lora_bias"),
+        targets=TargetRule(config),
         rank_pattern=ModulePatterns(
             "rank_pattern", {key: _rank("rank_pattern", value) for key, value in ranks.items()}
         ),
@@ -113,8 +123,12 @@ def _refuse_unserved(config: dict[str, Any]) -> None:
     for field in _UNSERVED_FIELDS:
         if config.get(field):
             raise AdapterUnservable(f"{field} is set, which is not served.")
-    if config.get("bias") not in (None, "none"):
-        raise AdapterUnservable(f'bias is {shown(config["bias"])}; only "none" is served.')
+    if config.get("bias") not in _BIASES:
+        raise AdapterUnservable(
+            f'bias is {shown(config["bias"])}; it must be "none", "all" or "lora_only".'
+        )
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise AdapterUnservable("lora_bias is set beside use_dora, which peft does not define.")
     init = config.get("init_lora_weights")
     if not any(
         init is served or (isinstance(init, str) and init == served) for served in _SERVED_INITS

@@ -65,6 +65,10 @@ class Checkpoint:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the files."""
         self._where.clear()
         self._stack.close()
 

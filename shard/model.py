@@ -8,7 +8,7 @@ are then streamed from the checkpoint straight into place. A rank never holds th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -250,8 +250,9 @@ class Decoder:
             return None
         module = self._base.get_submodule(parent)
         names = [f"model.{parent}.{member}" for member in members]
-        layout = LoraSite("+".join(names), tuple(map(self.partition.target, names)))
         has_bias = linears[members[0]].bias is not None
+        targets = [replace(self.partition.target(name), has_bias=has_bias) for name in names]
+        layout = LoraSite("+".join(names), tuple(targets))
         if style.startswith("rowwise"):
             row = RowSite(layout, has_bias, self.dtype, self.device, self._group)
             setattr(module, members[0], row)

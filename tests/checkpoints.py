@@ -92,6 +92,12 @@ RECIPES = (
     Recipe("r4-gate-k", 4, 12, ("k_proj", "gate_proj")),
 )
 
+# These change a linear's output besides adding to it.
+SCALING_RECIPES = (
+    Recipe("r4-dora", 4, 8, _ATTENTION + _MLP, {"use_dora": True}),
+    Recipe("r4-lora-bias", 4, 8, ("v_proj", "o_proj"), {"lora_bias": True}),
+)
+
 # Experts' gate and up go together: peft has no adapter of one of them alone. What it makes of their
 # names are target_parameters.
 MOE_RECIPES = (
@@ -119,7 +125,7 @@ _RENAMED = {
 
 def recipes_of(family: str) -> tuple[Recipe, ...]:
     """The adapters that the tests make for a family."""
-    return MOE_RECIPES if has_experts(family) else RECIPES
+    return MOE_RECIPES if has_experts(family) else RECIPES + SCALING_RECIPES
 
 
 def has_experts(family: str) -> bool:
@@ -163,4 +169,6 @@ def make_adapters(model_directory: Path, root: Path, recipes: tuple[Recipe, ...]
             for name, parameter in model.named_parameters():
                 if ".lora_B." in name:  # peft starts B at zero, which would change nothing
                     parameter.normal_(std=0.2)
+                if ".lora_magnitude_vector." in name:
+                    parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.3))
         model.save_pretrained(root / recipe.name)

@@ -277,3 +277,16 @@ def test_what_is_not_the_experts_is_refused_by_name(made: Made, tmp_path: Path) 
             f"base_model.model.{single}.lora_B.weight": torch.zeros(hidden, 4),
         },
     )  # fmt: skip
+
+
+def test_dora_on_experts_is_refused(made: Made, tmp_path: Path) -> None:
+    tensors = load_file(made.adapters / EACH / WEIGHTS)
+    changes: dict[str, Any] = {name: None for name in tensors if ".experts." not in name}
+    for name, b in tensors.items():
+        if name not in changes and name.endswith(".lora_B.weight"):
+            module = name.removesuffix(".lora_B.weight")
+            changes[f"{module}.lora_magnitude_vector"] = torch.ones(b.shape[0])
+    said = refusal(made, tmp_path / "dora", EACH, use_dora=True, **changes)
+    assert "lora_magnitude_vector, which is not served on experts" in said
+    said = refusal(made, tmp_path / "fused", "both", use_dora=True)
+    assert "use_dora is true and" in said
