@@ -127,7 +127,7 @@ class Decoder:
         self.layout = ModelLayout(
             config.name_or_path,
             tuple(site.layout for site in self.sites),
-            tuple(block.layout for block in self._moe_blocks()),
+            moe=tuple(block.layout for block in self._moe_blocks()),
         )
 
     def attach_adapters(self, adapters: DeviceTier) -> None:
