@@ -9,19 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorafleet.cache.errors import AdapterUnservable, shown
-from lorafleet.cache.layout import ModelLayout, TargetModule
+from lorafleet.cache.base_weights import BaseWeights
+from lorafleet.cache.errors import AdapterUnservable
+from lorafleet.cache.layout import ModelLayout
+from lorafleet.cache.linears import ModuleSpec, read_linears
 from lorafleet.cache.packed_form import PackedForm, plan_form
 from lorafleet.cache.parts import PartSpec
-from lorafleet.cache.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfig, parse_config
-from lorafleet.cache.safetensors_file import TensorRef, read_header
+from lorafleet.cache.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES, parse_config
+from lorafleet.cache.safetensors_file import read_header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
-_SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _PICKLE_FILE = "adapter_model.bin"
-_DTYPES = ("F32", "F16", "BF16", "F64")
 _HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -32,17 +31,6 @@ class FileState:
     inode: int
     nbytes: int
     modified_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleSpec:
-    """One module's adapter: A [rank, in_features], B [out_features, rank], factor on B(A(x))."""
-
-    target: TargetModule
-    rank: int
-    scale: float
-    a: TensorRef
-    b: TensorRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +67,11 @@ class AdapterSpec:
         return self.states == file_states(self.directory)
 
 
-def read_spec(directory: Path, layout: ModelLayout) -> AdapterSpec:
+def read_spec(directory: Path, layout: ModelLayout, base: BaseWeights | None = None) -> AdapterSpec:
     """Reads config and headers, no weights.
 
-    Raises AdapterUnservable with a sentence naming the field, tensor or module at fault.
+    `base`: for adapters whose result depends on it; None refuses them. Raises AdapterUnservable
+    with a sentence naming the field, tensor or module at fault.
     """
     states = file_states(directory)
     try:
@@ -91,8 +80,10 @@ def read_spec(directory: Path, layout: ModelLayout) -> AdapterSpec:
         tensors = read_header(directory / WEIGHTS_FILE)
     except OSError as error:
         raise unreadable(error) from None
-    modules = _modules(_pairs(tensors), config, layout)
-    return AdapterSpec(directory, states, modules)
+    if not tensors:
+        raise AdapterUnservable(f"{WEIGHTS_FILE} holds no tensors.")
+    linears = read_linears(tensors, config, layout, base)
+    return AdapterSpec(directory, states, linears.modules, linears.parts)
 
 
 def file_states(directory: Path) -> tuple[FileState, ...]:
@@ -139,68 +130,3 @@ def _state(directory: Path, name: str) -> FileState:
     if not stat.S_ISREG(found.st_mode):
         raise AdapterUnservable(f"{name} is not a regular file.")
     return FileState(found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def _pairs(tensors: dict[str, TensorRef]) -> dict[str, dict[str, TensorRef]]:
-    """Module name -> its tensors under "A" and "B"."""
-    pairs: dict[str, dict[str, TensorRef]] = {}
-    for name, tensor in tensors.items():
-        suffix = next((s for s in _SUFFIXES if name.endswith(s)), "")
-        if not name.startswith(_PREFIX) or not suffix:
-            raise AdapterUnservable(
-                f"The tensor {shown(name)} is not a LoRA weight of a linear layer; only "
-                "base_model.model.<module>.lora_A.weight and .lora_B.weight are served."
-            )
-        module = name.removeprefix(_PREFIX).removesuffix(suffix)
-        pairs.setdefault(module, {})[_SUFFIXES[suffix]] = tensor
-    if not pairs:
-        raise AdapterUnservable(f"{WEIGHTS_FILE} holds no tensors.")
-    return pairs
-
-
-def _modules(
-    pairs: dict[str, dict[str, TensorRef]], config: PeftConfig, layout: ModelLayout
-) -> dict[str, ModuleSpec]:
-    targets = layout.targets()
-    modules = {}
-    for name, pair in pairs.items():
-        if name not in targets:
-            raise AdapterUnservable(
-                f"The adapter changes the module {shown(name)}, which is not among the adaptable "
-                f"linear layers of {layout.model_id}; it was made for {shown(config.base_model)}."
-            )
-        modules[name] = _module(targets[name], pair, config, layout)
-    return modules
-
-
-def _module(
-    target: TargetModule, pair: dict[str, TensorRef], config: PeftConfig, layout: ModelLayout
-) -> ModuleSpec:
-    for side, other in ("AB", "BA"):
-        if side not in pair:
-            raise AdapterUnservable(f"{target.name} has lora_{other} and no lora_{side}.")
-        if pair[side].dtype not in _DTYPES:
-            raise AdapterUnservable(
-                f"lora_{side} of {target.name} is {pair[side].dtype}; it must be one of "
-                f"{', '.join(_DTYPES)}."
-            )
-    rank = config.rank_of(target.name)
-    _check_shape(target, "A", pair["A"], (rank, target.in_features), config, layout)
-    _check_shape(target, "B", pair["B"], (target.out_features, rank), config, layout)
-    return ModuleSpec(target, rank, config.scale_of(target.name), pair["A"], pair["B"])
-
-
-def _check_shape(
-    target: TargetModule,
-    side: str,
-    tensor: TensorRef,
-    wanted: tuple[int, int],
-    config: PeftConfig,
-    layout: ModelLayout,
-) -> None:
-    if tensor.shape != wanted:
-        raise AdapterUnservable(
-            f"lora_{side} of {target.name} has shape {list(tensor.shape)}; with the config's rank "
-            f"it must be {list(wanted)} on {layout.model_id}; the adapter was made for "
-            f"{shown(config.base_model)}."
-        )

@@ -23,6 +23,7 @@ class TargetModule:
     out_features: int
     in_range: Interval
     out_ranges: tuple[Interval, ...]
+    has_bias: bool = False
 
     def __post_init__(self) -> None:
         assert 0 <= self.in_range[0] < self.in_range[1] <= self.in_features, self
@@ -32,6 +33,11 @@ class TargetModule:
     def in_local(self) -> int:
         """Input features this rank computes with."""
         return self.in_range[1] - self.in_range[0]
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether this rank computes a term of the outputs, which the ranks then sum."""
+        return self.in_local < self.in_features
 
     @property
     def out_local(self) -> int:
@@ -62,11 +68,30 @@ class LoraSite:
 
 
 @dataclass(frozen=True, slots=True)
+class MoeLayer:
+    """A mixture of experts; its linears are targets like others.
+
+    `path` is where transformers has it, such as `model.layers.0.mlp`. `gate` is the router's target
+    and `experts` are each expert's gate, up and down, by the names of the model's checkpoints.
+    """
+
+    path: str
+    gate: str
+    experts: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelLayout:
     """Every site of the served model, in the order of the slot table's second axis."""
 
     model_id: str
     sites: tuple[LoraSite, ...]
+    moe: tuple[MoeLayer, ...] = ()
+
+    def moe_targets(self) -> frozenset[str]:
+        """The targets that are routers or experts."""
+        experts = {name for layer in self.moe for names in layer.experts for name in names}
+        return frozenset(experts | {layer.gate for layer in self.moe})
 
     def targets(self) -> dict[str, TargetModule]:
         """Every target by its name."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lorafleet.cache.adapter_files import AdapterSpec, ModuleSpec
+from lorafleet.cache.adapter_files import AdapterSpec
 from lorafleet.cache.errors import AdapterUnservable, SourceUnavailable
 from lorafleet.cache.layout import ModelLayout
+from lorafleet.cache.linears import ModuleSpec
 from lorafleet.cache.packed_form import PackedForm
 from lorafleet.cache.parts import PartSpec
 from lorafleet.cache.weights_reader import WeightsReader
@@ -42,7 +43,6 @@ def pack(
     Raises AdapterUnservable for values that are not finite, in the file or in the serving dtype,
     and SourceUnavailable when the files changed meanwhile.
     """
-    done = 0
     with WeightsReader(spec) as reader:
         for site, row in zip(layout.sites, packed.form.rows, strict=True):
             a_offset = row[0]
@@ -52,13 +52,11 @@ def pack(
                     _pack_a(reader.read(module.a), module, packed.buffer, a_offset)
                     _pack_b(reader.read(module.b), module, packed.buffer, b_offset)
                     a_offset += module.rank * target.in_local
-                    done += module.a.nbytes + module.b.nbytes
-                    progress(done)
+                    progress(reader.done)
         for part, placed in zip(spec.parts, packed.form.parts, strict=True):
             block = packed.buffer[placed.offset : placed.offset + placed.num_elements]
             _pack_part([reader.read(ref) for ref in part.refs], part, block.view(placed.shape))
-            done += sum(ref.nbytes for ref in part.refs)
-            progress(done)
+            progress(reader.done)
     if not spec.is_current():
         raise SourceUnavailable("The adapter's files changed while they were read; try again.")
 
@@ -80,8 +78,8 @@ def _pack_b(weight: torch.Tensor, module: ModuleSpec, buffer: torch.Tensor, offs
 
 
 def _pack_part(weights: list[torch.Tensor], part: PartSpec, block: torch.Tensor) -> None:
-    for weight in weights:
-        _check_finite(weight, weight, part.name)
+    for ref, weight in zip(part.refs, weights, strict=True):
+        _check_finite(weight, weight, ref.name)
     built = part.build(weights)
     block.copy_(built)
     _check_finite(built, block, part.name)

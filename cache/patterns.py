@@ -1,4 +1,4 @@
-"""peft's `rank_pattern` and `alpha_pattern`: regular expressions from outside, matched safely.
+"""Regular expressions of peft's configs: they come from outside and are matched safely.
 
 A pattern comes from whoever published the adapter, and Python's matcher holds the interpreter's
 lock while it backtracks; patterns that could backtrack for long are refused.
@@ -40,13 +40,33 @@ class ModulePatterns:
         return default
 
 
-def _compiled(field: str, key: str) -> re.Pattern[str]:
-    if (
+def name_pattern(field: str, pattern: str) -> re.Pattern[str] | None:
+    """A regular expression for whole module names; None for one that is too complex.
+
+    Raises AdapterUnservable for one that is none.
+    """
+    if not _is_simple(pattern):
+        return None
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        raise AdapterUnservable(
+            f"{field} is {shown(pattern)}, which is not a regular expression."
+        ) from None
+
+
+def _is_simple(key: str) -> bool:
+    """Whether matching cannot backtrack for long."""
+    return not (
         len(key) > _MAX_LENGTH
         or _repeats(key) > _MAX_REPEATS
         or key.count("(") > _MAX_GROUPS
         or _REPEATED_GROUP.search(key)
-    ):
+    )
+
+
+def _compiled(field: str, key: str) -> re.Pattern[str]:
+    if not _is_simple(key):
         raise AdapterUnservable(
             f"{field} has the key {shown(key)}, which is too complex: at most {_MAX_LENGTH} "
             f"characters, {_MAX_REPEATS} repetitions and {_MAX_GROUPS} groups, no repeated group."

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.patterns import ModulePatterns
+from lorafleet.cache.target_rule import TargetRule
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -16,21 +19,19 @@ MAX_RANK = 512
 
 # Fields that change what the adapter computes; each is served only when absent or empty.
 _UNSERVED_FIELDS = (
-    "use_dora",
-    "lora_bias",
     "modules_to_save",
     "layer_replication",
     "alora_invocation_tokens",
     "trainable_token_indices",
-    "target_parameters",
     "use_qalora",
     "use_bdlora",
     "arrow_config",
     "kasa_config",
     "monteclora_config",
 )
+_BIASES = (None, "none", "all", "lora_only")
 # Starting points that leave the base weights as they are. The others train against changed ones.
-_SERVED_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+_SERVED_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +42,41 @@ class PeftConfig:
     rank: int
     alpha: float
     use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    targets: TargetRule
     rank_pattern: ModulePatterns
     alpha_pattern: ModulePatterns
+    target_parameters: frozenset[str] = frozenset()
 
     def rank_of(self, module: str) -> int:
-        """The rank peft gives this module."""
-        rank: int = self.rank_pattern.get(module, self.rank)
+        """The rank peft gives this module or parameter."""
+        rank: int = self.rank_pattern.get(self._pattern_name(module), self.rank)
         return rank
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether `target_parameters` has this name, or an end of it after a dot."""
+        return not self.target_parameters.isdisjoint(ends_of(name))
+
+    def targets_weight_of(self, name: str) -> bool:
+        """Whether `target_parameters` has this parameter, or the weight of this module."""
+        return self.targets_parameter(name) or self.targets_parameter(f"{name}.weight")
+
+    def _pattern_name(self, module: str) -> str:
+        weight = f"{module}.weight"
+        return weight if self.targets_parameter(weight) else module
 
     def scale_of(self, module: str) -> float:
         """The factor on B(A(x)): alpha / r, or alpha / sqrt(r) for rsLoRA."""
-        rank, alpha = self.rank_of(module), self.alpha_pattern.get(module, self.alpha)
+        alpha = self.alpha_pattern.get(self._pattern_name(module), self.alpha)
+        rank = self.rank_of(module)
         scale: float = alpha / (math.sqrt(rank) if self.use_rslora else rank)
         return scale
+
+
+def ends_of(name: str) -> Iterator[str]:
+    """A dotted name and what of it is left after each of its dots, shortest first."""
+    return accumulate(reversed(name.split(".")), lambda end, part: f"{part}.{end}")
 
 
 def parse_config(data: bytes) -> PeftConfig:
@@ -67,12 +90,16 @@ def parse_config(data: bytes) -> PeftConfig:
         rank=_rank("r", config.get("r", 8)),
         alpha=_number("lora_alpha", config.get("lora_alpha", 8)),
         use_rslora=_bool(config, "use_rslora"),
+        use_dora=_bool(config, "use_dora"),
+        lora_bias=_bool(config, "lora_bias"),
+        targets=TargetRule(config),
         rank_pattern=ModulePatterns(
             "rank_pattern", {key: _rank("rank_pattern", value) for key, value in ranks.items()}
         ),
         alpha_pattern=ModulePatterns(
             "alpha_pattern", {key: _number("alpha_pattern", value) for key, value in alphas.items()}
         ),
+        target_parameters=_strings(config, "target_parameters"),
     )
 
 
@@ -96,8 +123,12 @@ def _refuse_unserved(config: dict[str, Any]) -> None:
     for field in _UNSERVED_FIELDS:
         if config.get(field):
             raise AdapterUnservable(f"{field} is set, which is not served.")
-    if config.get("bias") not in (None, "none"):
-        raise AdapterUnservable(f'bias is {shown(config["bias"])}; only "none" is served.')
+    if config.get("bias") not in _BIASES:
+        raise AdapterUnservable(
+            f'bias is {shown(config["bias"])}; it must be "none", "all" or "lora_only".'
+        )
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise AdapterUnservable("lora_bias is set beside use_dora, which peft does not define.")
     init = config.get("init_lora_weights")
     if not any(
         init is served or (isinstance(init, str) and init == served) for served in _SERVED_INITS
@@ -113,6 +144,15 @@ def _object(config: dict[str, Any], field: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise AdapterUnservable(f"{field} is {shown(value)}; it must be an object.")
     return value or {}
+
+
+def _strings(config: dict[str, Any], field: str) -> frozenset[str]:
+    value = config.get(field)
+    if value is not None and not (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+    ):
+        raise AdapterUnservable(f"{field} is {shown(value)}; it must be a list of strings.")
+    return frozenset(value or ())
 
 
 def _rank(field: str, value: Any) -> int:

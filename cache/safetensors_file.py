@@ -38,6 +38,18 @@ class TensorRef:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class TensorCut(TensorRef):
+    """A part of the tensor `whole`: of its elements as `view`, what `index` picks.
+
+    `shape` and `nbytes` are the part's.
+    """
+
+    whole: TensorRef
+    view: tuple[int, ...]
+    index: tuple[int | slice, ...]
+
+
 def read_header(path: Path) -> dict[str, TensorRef]:
     """Every tensor of the file by name.
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from lorafleet.cache.adapter_files import AdapterSpec, digest_files, read_spec
+from lorafleet.cache.base_weights import BaseWeights
 from lorafleet.cache.errors import AdapterNotFound, AdapterUnservable, shown
 from lorafleet.cache.host_tier import HostTier
 from lorafleet.cache.key_locks import KeyLocks
@@ -59,9 +60,13 @@ class AdapterStore:
         dtype: torch.dtype,
         device: torch.device,
         hub_endpoint: str | None = None,
+        base: BaseWeights | None = None,
     ) -> None:
-        """`hub_endpoint`: base URL of the hub, None for what HF_ENDPOINT says."""
-        self._layout, self._dtype = layout, dtype
+        """`hub_endpoint`: base URL of the hub, None for what HF_ENDPOINT says.
+
+        `base`: None refuses adapters whose result depends on the base model's own weights.
+        """
+        self._layout, self._dtype, self._base = layout, dtype, base
         self._host = HostTier(config.adapter_host_bytes, dtype, pin=device.type == "cuda")
         self._sources: dict[str, AdapterSource] = open_sources(config, layout, hub_endpoint)
         self._adapters: dict[AdapterKey, _Adapter] = {}
@@ -128,7 +133,7 @@ class AdapterStore:
         known = self._adapters.get(key)
         if known is not None and (self._host.get(key) is not None or known.spec.is_current()):
             return known
-        spec = read_spec(directory, self._layout)
+        spec = read_spec(directory, self._layout, self._base)
         adapter = _Adapter(key, spec, spec.form(self._layout, self._dtype.itemsize))
         self._adapters[key] = adapter
         return adapter

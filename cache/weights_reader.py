@@ -9,7 +9,7 @@ import torch
 
 from lorafleet.cache.adapter_files import WEIGHTS_FILE, AdapterSpec, unreadable
 from lorafleet.cache.errors import SourceUnavailable
-from lorafleet.cache.safetensors_file import TensorRef
+from lorafleet.cache.safetensors_file import TensorCut, TensorRef
 
 _TORCH_DTYPES = {
     "F32": torch.float32,
@@ -17,6 +17,7 @@ _TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F64": torch.float64,
 }
+_MAX_CUT = 4  # A and B of gate_up and of down: a layer of experts
 
 
 class WeightsReader:
@@ -24,6 +25,9 @@ class WeightsReader:
 
     def __init__(self, spec: AdapterSpec) -> None:
         self._path = spec.directory / WEIGHTS_FILE
+        self._cut: dict[str, torch.Tensor] = {}  # tensors that parts were read of, the last few
+        self._read: set[TensorRef] = set()
+        self.done = 0  # bytes of the tensors read, each counted once
 
     def __enter__(self) -> Self:
         try:
@@ -36,7 +40,9 @@ class WeightsReader:
         os.close(self._fd)
 
     def read(self, ref: TensorRef) -> torch.Tensor:
-        """A tensor in the file's own dtype and shape."""
+        """A tensor, or part of one, in the file's own dtype."""
+        if isinstance(ref, TensorCut):
+            return self._whole(ref.whole).view(ref.view)[ref.index]
         data, done = memoryview(bytearray(ref.nbytes)), 0
         try:
             while done < ref.nbytes:
@@ -46,4 +52,15 @@ class WeightsReader:
                 done += count
         except OSError as error:
             raise unreadable(error) from None
+        if ref not in self._read:
+            self._read.add(ref)
+            self.done += ref.nbytes
         return torch.frombuffer(data, dtype=_TORCH_DTYPES[ref.dtype]).view(ref.shape)
+
+    def _whole(self, ref: TensorRef) -> torch.Tensor:
+        """A tensor of which more parts will be asked for soon."""
+        if ref.name not in self._cut:
+            if len(self._cut) >= _MAX_CUT:
+                self._cut.clear()
+            self._cut[ref.name] = self.read(ref)
+        return self._cut[ref.name]

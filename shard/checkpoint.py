@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from lorafleet.shard.errors import BadCheckpoint
+from lorafleet.shard.fused_experts import ExpertSlice, fused_place
 
 Interval = tuple[int, int]
 
@@ -64,6 +65,10 @@ class Checkpoint:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the files."""
         self._where.clear()
         self._stack.close()
 
@@ -77,9 +82,13 @@ class Checkpoint:
         return self._slice(name)[:, interval[0] : interval[1]]  # type: ignore[no-any-return]
 
     def _slice(self, name: str) -> Any:
-        if name not in self._where:
+        if name in self._where:
+            return self._where[name].get_slice(name)
+        place = fused_place(name)
+        if place is None or place.tensor not in self._where:
             raise BadCheckpoint(f"{self.directory} has no tensor {name!r}")
-        return self._where[name].get_slice(name)
+        tensor = self._where[place.tensor].get_slice(place.tensor)
+        return tensor if place.expert is None else ExpertSlice(tensor, place)
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -117,9 +117,9 @@ class DecodeGraphs:
     def supports(decoder: Decoder) -> bool:
         """Whether the decoder's steps can be captured."""
         part = decoder.partition
-        return decoder.device.type == "cuda" and supports(
-            decoder.dtype, part.local_heads, part.local_kv_heads, part.head_dim
-        )
+        if decoder.device.type != "cuda" or decoder.has_experts:
+            return False
+        return supports(decoder.dtype, part.local_heads, part.local_kv_heads, part.head_dim)
 
     def capture_all(self) -> None:
         """Captures every batch size, without adapters and with those of the usual ranks.

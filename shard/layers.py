@@ -7,7 +7,7 @@ over the ranks. LoRA is added before that sum, so an adapter costs no extra coll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorafleet.cache.layout import LoraSite
+from lorafleet.cache.linear_parts import scale_shift_name
 from lorafleet.kernels.linear.op import linear, prepack
 from lorafleet.kernels.lora.op import LoraBatch, Pending, lora_product
 from lorafleet.kernels.lora.weights import SiteWeights
@@ -63,6 +64,7 @@ class Site(nn.Module):
         super().__init__()
         self.layout = layout
         self.widths = [target.out_local for target in layout.targets]
+        self._scale_shifts = [scale_shift_name(target.name) for target in layout.targets]
         rows, columns = sum(self.widths), layout.targets[0].in_local
         self.weight = _parameter((rows, columns), dtype, device)
         self.bias = _parameter((rows,), dtype, device) if has_bias else None
@@ -100,6 +102,34 @@ class Site(nn.Module):
             return linear(x, self.weight, bias), None
         return lora_product(x, self.weight, bias, self._adapters, self._lora.batch)
 
+    def adjusted(
+        self, y: torch.Tensor, pending: Pending | None
+    ) -> tuple[torch.Tensor, Pending | None]:
+        """A product with what its adapters do to it besides their updates, which come before."""
+        adjustments = self.adjustments(y)
+        if not adjustments:
+            return y, pending
+        if pending is not None:
+            pending.add_(y)
+        for view, scale_shift in adjustments:
+            view.mul_(scale_shift[0]).add_(scale_shift[1])
+        return y, None
+
+    def adjustments(self, y: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of y [num_tokens, out_local] whose adapters scale and shift them, and by what."""
+        if self._lora is None or not self._lora.parts:
+            return []
+        return [
+            (view, found)
+            for slot in self._lora.parts
+            for name, view in self._views(y, slot)
+            if (found := slot.tensors.get(name)) is not None
+        ]
+
+    def _views(self, y: torch.Tensor, slot: SlotParts) -> Iterator[tuple[str, torch.Tensor]]:
+        views = y[slot.start : slot.stop].split(self.widths, dim=1)
+        return zip(self._scale_shifts, views, strict=True)
+
 
 class ColumnSite(Site):
     """Column-parallel linears over one input; each rank holds a part of the outputs."""
@@ -112,7 +142,7 @@ class ColumnSite(Site):
 
     def product(self, rows: torch.Tensor) -> tuple[torch.Tensor, Pending | None]:
         """[num_tokens, in] -> [num_tokens, out_local]."""
-        return self.multiply(rows, self.bias)
+        return self.adjusted(*self.multiply(rows, self.bias))
 
     def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """The output of member `index`; the first member computes all of them.
@@ -158,13 +188,18 @@ class RowSite(Site):
     def product(self, rows: torch.Tensor) -> tuple[torch.Tensor, Pending | None]:
         """[num_tokens, in_local] -> [num_tokens, out], summed over the ranks."""
         if self._group.size == 1:
-            return self.multiply(rows, self.bias)
+            return self.adjusted(*self.multiply(rows, self.bias))
         y, pending = self.multiply(rows, None)
         if pending is not None:
             pending.add_(y)  # each rank has its own part of it
+        adjustments = self.adjustments(y)
+        for view, scale_shift in adjustments:
+            view.mul_(scale_shift[0])
         self._group.all_reduce_(y)
         if self.bias is not None:
             y += self.bias  # once, after the sum
+        for view, scale_shift in adjustments:
+            view.add_(scale_shift[1])
         return y, None
 
 

@@ -14,6 +14,7 @@ from lorafleet.cache.device_tier import ALIGNMENT, DeviceTier
 from lorafleet.cache.store import AdapterStore
 from lorafleet.kernels.build import KernelBuildError, NvccMissing, library
 from lorafleet.proto.messages import ShardInfo
+from lorafleet.shard.base_weights import CheckpointWeights
 from lorafleet.shard.checkpoint import Checkpoint, locate
 from lorafleet.shard.config import PAGE_SIZE, ShardConfig
 from lorafleet.shard.decode_graphs import DecodeGraphs
@@ -51,7 +52,8 @@ def load_shard(
     max_len = _max_len(config.max_total_tokens, model_config)
     _check_kernels(dtype, device)
     decoder = Decoder(model_config, group, dtype, device)
-    if config.load_format == "dummy":
+    base = None if config.load_format == "dummy" else CheckpointWeights(directory, dtype)
+    if base is None:
         decoder.randomize(seed=0)
     else:
         with Checkpoint(directory) as checkpoint:
@@ -62,7 +64,7 @@ def load_shard(
         memory.arena_bytes, config.max_active_adapters, decoder.layout, dtype, device
     )
     decoder.attach_adapters(adapters)
-    store = AdapterStore(config, decoder.layout, dtype, device)
+    store = AdapterStore(config, decoder.layout, dtype, device, base=base)
     rows, pool = RowTable(config.max_batch_size, max_len, device), _kv_pool(decoder, memory)
     fast = _fast_path(config, decoder, rows, pool)
     worker = Worker(decoder, rows, pool, adapters, store, answers=group.rank == 0, fast=fast)

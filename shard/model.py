@@ -8,7 +8,7 @@ are then streamed from the checkpoint straight into place. A rank never holds th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -24,6 +24,7 @@ from lorafleet.shard import attention
 from lorafleet.shard.attention import AttentionKind, PagedBatch, attention_kind
 from lorafleet.shard.checkpoint import Checkpoint
 from lorafleet.shard.errors import BadCheckpoint, UnsupportedModel
+from lorafleet.shard.experts import MoeBlock, is_moe, make_moe
 from lorafleet.shard.fused_layers import FusedLayers
 from lorafleet.shard.group import Group
 from lorafleet.shard.layers import (
@@ -46,6 +47,8 @@ SUPPORTED = (
     "GemmaForCausalLM",
     "Gemma2ForCausalLM",
     "Phi3ForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen3MoeForCausalLM",
 )
 
 
@@ -121,7 +124,11 @@ class Decoder:
         self._base: Any = model.model
         self.sites = self._swap_linears()
         self.head = self._swap_vocabulary(model)
-        self.layout = ModelLayout(config.name_or_path, tuple(site.layout for site in self.sites))
+        self.layout = ModelLayout(
+            config.name_or_path,
+            tuple(site.layout for site in self.sites),
+            moe=tuple(block.layout for block in self._moe_blocks()),
+        )
 
     def attach_adapters(self, adapters: DeviceTier) -> None:
         """Gives every site its adapters' weights, and every forward their parts."""
@@ -208,9 +215,25 @@ class Decoder:
         """How each layer attends."""
         return tuple(attention_kind(layer.self_attn) for layer in self._base.layers)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether the host takes part in every step, to send tokens to experts."""
+        return bool(self.layout.moe)
+
+    def _moe_blocks(self) -> Iterator[MoeBlock]:
+        return (module for module in self._base.modules() if isinstance(module, MoeBlock))
+
     def _swap_linears(self) -> list[Site]:
         sites: list[Site] = []
         for name, module in list(self._base.named_modules()):
+            if is_moe(module):
+                block = make_moe(
+                    f"model.{name}", module, self.config, self.partition, self.dtype, self.device,
+                    self._lora, self._group,
+                )  # fmt: skip
+                self._base.set_submodule(name, block)
+                sites += block.sites
+                continue
             linears = {n: m for n, m in module.named_children() if isinstance(m, nn.Linear)}
             for members in _groups(linears):
                 site = self._make_site(name, members, linears)
@@ -227,8 +250,9 @@ class Decoder:
             return None
         module = self._base.get_submodule(parent)
         names = [f"model.{parent}.{member}" for member in members]
-        layout = LoraSite("+".join(names), tuple(map(self.partition.target, names)))
         has_bias = linears[members[0]].bias is not None
+        targets = [replace(self.partition.target(name), has_bias=has_bias) for name in names]
+        layout = LoraSite("+".join(names), tuple(targets))
         if style.startswith("rowwise"):
             row = RowSite(layout, has_bias, self.dtype, self.device, self._group)
             setattr(module, members[0], row)
@@ -271,7 +295,8 @@ class Decoder:
         for site in self.sites:
             targets = site.layout.targets
             rows = tuple(target.out_ranges for target in targets)
-            columns = targets[0].in_range if isinstance(site, RowSite) else None
+            is_cut = targets[0].in_local < targets[0].in_features
+            columns = targets[0].in_range if is_cut else None
             yield Weight(site.weight, tuple(f"{t.name}.weight" for t in targets), rows, columns)
             if site.bias is not None:
                 yield Weight(site.bias, tuple(f"{t.name}.bias" for t in targets), rows)

@@ -32,6 +32,8 @@ class Partition:
     num_kv_heads: int
     intermediate_size: int
     vocab_size: int
+    num_experts: int = 0
+    expert_size: int = 0  # intermediate size of one expert
 
     @classmethod
     def of(cls, config: Any, rank: int, size: int) -> Partition:
@@ -40,6 +42,8 @@ class Partition:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         _check_divides("num_attention_heads", heads, size)
         _check_divides("intermediate_size", config.intermediate_size, size)
+        expert_size = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        _check_divides("moe_intermediate_size", expert_size, size)
         if kv_heads % size and size % kv_heads:
             raise UnsupportedModel(
                 f"num_key_value_heads {kv_heads} cannot be shared by --num-shard {size}: "
@@ -48,6 +52,7 @@ class Partition:
         return cls(
             rank, size, config.hidden_size, head_dim, heads, kv_heads,
             config.intermediate_size, config.vocab_size,
+            getattr(config, "num_experts", 0), expert_size,
         )  # fmt: skip
 
     @property
@@ -88,10 +93,12 @@ class Partition:
     def target(self, name: str) -> TargetModule:
         """The linear `name` of the whole model and the intervals of it that this rank holds."""
         query, key = self._query_range(), self._kv_range()
-        mlp = self._run(self.local_intermediate)
         query_width, key_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        hidden, intermediate = self.hidden_size, self.intermediate_size
-        everything = (0, hidden)
+        hidden, everything = self.hidden_size, (0, self.hidden_size)
+        intermediate = self.expert_size if ".experts." in name else self.intermediate_size
+        mlp = self._run(intermediate // self.size)
+        up = (hidden, intermediate, everything, (mlp,))
+        down = (intermediate, hidden, mlp, (everything,))
         shapes: dict[str, tuple[int, int, Interval, tuple[Interval, ...]]] = {
             "q_proj": (hidden, query_width, everything, (query,)),
             "k_proj": (hidden, key_width, everything, (key,)),
@@ -103,12 +110,16 @@ class Partition:
                 (query, _shift(key, query_width), _shift(key, query_width + key_width)),
             ),
             "o_proj": (query_width, hidden, query, (everything,)),
-            "gate_proj": (hidden, intermediate, everything, (mlp,)),
-            "up_proj": (hidden, intermediate, everything, (mlp,)),
+            "gate_proj": up,
+            "up_proj": up,
             "gate_up_proj": (
                 hidden, 2 * intermediate, everything, (mlp, _shift(mlp, intermediate)),
             ),
-            "down_proj": (intermediate, hidden, mlp, (everything,)),
+            "down_proj": down,
+            "w1": up,
+            "w3": up,
+            "w2": down,
+            "gate": (hidden, self.num_experts, everything, ((0, self.num_experts),)),
         }  # fmt: skip
         last = name.rsplit(".", 1)[-1]
         if last not in shapes:

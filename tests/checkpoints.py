@@ -19,9 +19,11 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from tests.fake_tokenizer import VOCAB_SIZE, tokenizer_config_json, tokenizer_json
@@ -51,6 +53,17 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "gemma": (GemmaConfig, {"head_dim": 16, "tie_word_embeddings": True}),
     "gemma2": (Gemma2Config, {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16}),
     "phi3": (Phi3Config, {"partial_rotary_factor": 0.5}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 4}),
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        {
+            "head_dim": 24,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 72,
+            "decoder_sparse_step": 2,  # the first layer is dense
+        },
+    ),
 }
 
 
@@ -79,8 +92,45 @@ RECIPES = (
     Recipe("r4-gate-k", 4, 12, ("k_proj", "gate_proj")),
 )
 
-_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
-_FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+# These change a linear's output besides adding to it.
+SCALING_RECIPES = (
+    Recipe("r4-dora", 4, 8, _ATTENTION + _MLP, {"use_dora": True}),
+    Recipe("r4-lora-bias", 4, 8, ("v_proj", "o_proj"), {"lora_bias": True}),
+)
+
+# Experts' gate and up go together: peft has no adapter of one of them alone. What it makes of their
+# names are target_parameters.
+MOE_RECIPES = (
+    RECIPES[1], *RECIPES[3:6],
+    Recipe("r4-router", 4, 8, ("gate",)),
+    Recipe(
+        "r8-parameters", 8, 16, ("q_proj",),
+        {
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {"experts.down_proj": 3},
+            "alpha_pattern": {"gate_up_proj": 6},
+        },
+    ),
+    Recipe("r2-gate-up", 2, 4, (), {"target_parameters": ["experts.gate_up_proj"]}),
+)  # fmt: skip
+
+_RENAMED = {
+    "phi3": {
+        "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
+        "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+    },
+    "mixtral": {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+}  # fmt: skip
+
+
+def recipes_of(family: str) -> tuple[Recipe, ...]:
+    """The adapters that the tests make for a family."""
+    return MOE_RECIPES if has_experts(family) else RECIPES + SCALING_RECIPES
+
+
+def has_experts(family: str) -> bool:
+    """Whether the family's MLPs are mixtures of experts."""
+    return family in ("mixtral", "qwen3_moe")
 
 
 def make_checkpoint(
@@ -102,10 +152,11 @@ def make_checkpoint(
 
 def make_adapters(model_directory: Path, root: Path, recipes: tuple[Recipe, ...] = RECIPES) -> None:
     """Writes one PEFT folder per recipe under `root`, named as the recipe."""
-    fused = json.loads((model_directory / "config.json").read_text())["model_type"] == "phi3"
+    family = json.loads((model_directory / "config.json").read_text())["model_type"]
+    renamed = _RENAMED.get(family, {})
     for seed, recipe in enumerate(recipes, start=1):
         torch.manual_seed(seed)
-        targets = {_FUSED.get(t, t) if fused else t for t in recipe.targets}
+        targets = {renamed.get(target, target) for target in recipe.targets}
         config = LoraConfig(
             r=recipe.rank,
             lora_alpha=recipe.alpha,  # peft scales by any number
@@ -118,4 +169,6 @@ def make_adapters(model_directory: Path, root: Path, recipes: tuple[Recipe, ...]
             for name, parameter in model.named_parameters():
                 if ".lora_B." in name:  # peft starts B at zero, which would change nothing
                     parameter.normal_(std=0.2)
+                if ".lora_magnitude_vector." in name:
+                    parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.3))
         model.save_pretrained(root / recipe.name)

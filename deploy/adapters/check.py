@@ -1,7 +1,7 @@
 """Checks adapter folders as a shard would: headers, shapes and values, against a model's config.
 
-No weights of the base model are read, and none are allocated: the model is built on torch's meta
-device for its layout.
+The model is built on torch's meta device for its layout. Its weights are read where an adapter
+depends on them and they are at hand; ones stand in for them where only a config.json is.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ import torch
 from transformers import AutoConfig
 
 from lorafleet.cache.adapter_files import digest_files, read_spec
+from lorafleet.cache.base_weights import BaseWeights
 from lorafleet.cache.errors import AdapterFault
 from lorafleet.cache.host_memory import allocate
-from lorafleet.cache.layout import ModelLayout
+from lorafleet.cache.layout import Interval, ModelLayout
 from lorafleet.cache.packing import pack
 from lorafleet.deploy.adapters.verdict import Verdict
+from lorafleet.shard.base_weights import CheckpointWeights
+from lorafleet.shard.checkpoint import Checkpoint
+from lorafleet.shard.errors import BadCheckpoint
 from lorafleet.shard.group import Group
 from lorafleet.shard.model import Decoder
 
@@ -30,15 +34,17 @@ def check_folders(
     config = _config(model_id, revision)
     kind = _dtype(dtype, config)
     layouts = [_layout(config, rank, num_shard, kind) for rank in range(num_shard)]
-    return [_check(path, layouts, kind) for path in paths]
+    base = _base(model_id, layouts[0], kind)
+    return [_check(path, layouts, base, kind) for path in paths]
 
 
-def _check(path: str, layouts: list[ModelLayout], dtype: torch.dtype) -> Verdict:
+def _check(path: str, layouts: list[ModelLayout], base: BaseWeights, dtype: torch.dtype) -> Verdict:
     try:
-        spec = read_spec(Path(path), layouts[0])
+        spec = read_spec(Path(path), layouts[0], base)
         forms = [spec.form(layout, dtype.itemsize) for layout in layouts]
         for layout, form in zip(layouts, forms, strict=True):
-            pack(read_spec(Path(path), layout), layout, allocate(form, dtype, False), _ignore)
+            local = read_spec(Path(path), layout, base)
+            pack(local, layout, allocate(form, dtype, False), _ignore)
         return Verdict(
             path=path,
             rank=spec.rank,
@@ -57,6 +63,28 @@ def _config(model_id: str, revision: str) -> Any:
         return AutoConfig.from_pretrained(name, revision=revision or pinned or None)
     except OSError as error:
         raise ValueError(f"--model-id {model_id}: {str(error).splitlines()[0]}") from error
+
+
+def _base(model_id: str, layout: ModelLayout, dtype: torch.dtype) -> BaseWeights:
+    try:
+        Checkpoint(Path(model_id)).close()
+    except BadCheckpoint:
+        return _Ones(layout)
+    return CheckpointWeights(Path(model_id), dtype)
+
+
+class _Ones:
+    """Weights of the right shapes, for what does not depend on their values."""
+
+    def __init__(self, layout: ModelLayout) -> None:
+        self._targets = layout.targets()
+
+    def rows(self, name: str, intervals: Sequence[Interval]) -> torch.Tensor:
+        """See BaseWeights."""
+        module, _, kind = name.rpartition(".")
+        count = sum(stop - start for start, stop in intervals)
+        shape = (count,) if kind == "bias" else (count, self._targets[module].in_features)
+        return torch.ones(shape)
 
 
 def _layout(config: Any, rank: int, num_shard: int, dtype: torch.dtype) -> ModelLayout:

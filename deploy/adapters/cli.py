@@ -148,7 +148,7 @@ def _check_flags(parser: ArgumentParser) -> None:
     add(
         "--model-id",
         required=True,
-        help="the base model: a folder or a hub id; only its config.json is read",
+        help="the base model: a folder or a hub id, of which only config.json is read",
     )
     add("--revision", default="", help="commit, branch or tag of a hub model")
     add("--num-shard", type=int, default=1, help="shards it would be served on (default: 1)")

@@ -83,7 +83,7 @@ def config_of(rank: int = 4, **fields: Any) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": 2 * rank,
         "bias": "none",
-        "target_modules": ["q_proj"],
+        "target_modules": "all-linear",
     } | fields
 
 

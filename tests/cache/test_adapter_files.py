@@ -72,7 +72,7 @@ def test_notices_that_the_files_changed(tmp_path: Path) -> None:
     assert not spec.is_current()
 
 
-@pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva"])
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva", "mica"])
 def test_starting_points_that_keep_the_base_are_served(tmp_path: Path, init: Any) -> None:
     assert read(write_adapter(tmp_path, config_of(init_lora_weights=init))).rank == 4
 
@@ -83,7 +83,7 @@ def test_starting_points_that_keep_the_base_are_served(tmp_path: Path, init: Any
         ("peft_type", "IA3"),
         ("peft_type", None),
         ("use_dora", True),
-        ("bias", "all"),
+        ("bias", "lora"),
         ("bias", ["none"]),
         ("lora_bias", True),
         ("modules_to_save", ["lm_head"]),
@@ -97,7 +97,6 @@ def test_starting_points_that_keep_the_base_are_served(tmp_path: Path, init: Any
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "lora_ga"),
-        ("init_lora_weights", "mica"),
         ("init_lora_weights", {}),
         ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),
@@ -191,9 +190,9 @@ def test_a_shape_that_does_not_fit_is_refused(
 @pytest.mark.parametrize(
     "name",
     [
-        f"{Q0}.lora_magnitude_vector",
-        f"{Q0}.lora_B.bias",
-        f"{Q0}.lora_A.default.weight",
+        f"{Q0}.lora_A.mine.weight",
+        f"{Q0}.base_layer.weight",
+        f"{Q0}.lora_embedding_A",
         "base_model.model.lm_head.weight",
         "base_model.model.model.embed_tokens.lora_embedding_A",
         "model.layers.0.self_attn.q_proj.lora_A.weight",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,26 +19,35 @@ class Oracle:
 
     def __init__(self, model: Path, adapter_root: Path, adapters: list[str]) -> None:
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        self._model = PeftModel.from_pretrained(base, adapter_root / adapters[0], adapters[0])
-        for name in adapters[1:]:
-            self._model.load_adapter(adapter_root / name, name)
+        # A model for each: of adapters of experts, peft has several in one only if all change the
+        # same parameters.
+        self._models: dict[str | None, Any] = {
+            name: PeftModel.from_pretrained(deepcopy(base), adapter_root / name)
+            for name in adapters
+        }
+        self._models[None] = base
+        self._adapter_root = adapter_root
 
     def merge(self, recipe: MergeRecipe) -> None:
         """Adds a merge of the adapters, called as its recipe's seed."""
-        add_merge(self._model, recipe, str(recipe.seed))
+        name, members = str(recipe.seed), {m.key.id.rpartition("/")[2] for m in recipe.members}
+        model: Any = None
+        for member in sorted(members):
+            directory = self._adapter_root / member
+            if model is None:
+                base = deepcopy(self._models[None])
+                model = PeftModel.from_pretrained(base, directory, adapter_name=member)
+            else:
+                model.load_adapter(directory, adapter_name=member)
+        add_merge(model, recipe, name)
+        model.set_adapter(name)
+        self._models[name] = model
 
     @torch.no_grad()
     def answer(self, prompt_ids: list[int], adapter: str | None, max_new_tokens: int) -> list[int]:
         """Token ids after the prompt, the EOS token included when it ends the answer."""
-        if adapter is None:
-            with self._model.disable_adapter():
-                return self._generate(prompt_ids, max_new_tokens)
-        self._model.set_adapter(adapter)
-        return self._generate(prompt_ids, max_new_tokens)
-
-    def _generate(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
         ids = torch.tensor([prompt_ids])
-        output = self._model.generate(
+        output = self._models[adapter].generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,

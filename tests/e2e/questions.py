@@ -1,4 +1,4 @@
-"""The questions of the token tests: 32 requests over eight adapters and the base."""
+"""The questions of the token tests: 32 requests over several adapters and the base."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 import aiohttp
 
-from tests.checkpoints import RECIPES, make_adapters, make_checkpoint
+from tests.checkpoints import has_experts, make_adapters, make_checkpoint, recipes_of
 from tests.e2e.oracle import Oracle
 from tests.e2e.service import Service
+from tests.expert_adapters import EACH, write_each
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz "
 _NUM_QUESTIONS = 32
@@ -41,8 +42,12 @@ class Family:
 def make_family(name: str, directory: Path) -> Family:
     """Makes a family's folders under `directory` and asks peft."""
     model = make_checkpoint(name, directory / "model")
-    make_adapters(model, directory / "adapters")
-    names = [recipe.name for recipe in RECIPES]
+    recipes = recipes_of(name)
+    make_adapters(model, directory / "adapters", recipes)
+    names = [recipe.name for recipe in recipes]
+    if has_experts(name):
+        write_each(model, directory / "adapters" / EACH)
+        names.append(EACH)
     oracle = Oracle(model, directory / "adapters", names)
     rng = random.Random(7)
     shared = _text(rng, _SHARED_PREFIX)

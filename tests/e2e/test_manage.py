@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from lorafleet.deploy.cli import main
-from tests.checkpoints import RECIPES
+from tests.checkpoints import RECIPES, SCALING_RECIPES
 from tests.e2e.questions import Family
 from tests.e2e.service import Service, serve
 
@@ -103,21 +103,23 @@ def test_check_gates_a_pipeline(
     config = tmp_path / "model"
     config.mkdir()
     (config / "config.json").write_bytes((made.model / "config.json").read_bytes())
-    good = sorted(str(made.adapter_root / recipe.name) for recipe in RECIPES)
+    good = sorted(str(made.adapter_root / recipe.name) for recipe in RECIPES + SCALING_RECIPES)
     flags = (f"--model-id={config}", "--num-shard=2", "--json")
     assert main(["adapters", "check", *good, *flags]) == 0
     verdicts = json.loads(capsys.readouterr().out)
     assert {verdict["served"] for verdict in verdicts} == {True}
     assert {v["rank"] for v in verdicts if v["path"].endswith("r64-down")} == {64}
+    assert main(["adapters", "check", *good, f"--model-id={made.model}"]) == 0
+    capsys.readouterr()
     bad = tmp_path / "bad"
     bad.mkdir()
-    adapter = json.loads((Path(good[0]) / "adapter_config.json").read_text()) | {"use_dora": True}
+    adapter = json.loads((Path(good[0]) / "adapter_config.json").read_text()) | {"use_qalora": True}
     (bad / "adapter_config.json").write_text(json.dumps(adapter))
     weights = (Path(good[0]) / "adapter_model.safetensors").read_bytes()
     (bad / "adapter_model.safetensors").write_bytes(weights)
     assert main(["adapters", "check", good[0], str(bad), f"--model-id={config}"]) == 1
     said = capsys.readouterr().out
     assert "refused" in said
-    assert f"{bad}: use_dora is set, which is not served." in said
+    assert f"{bad}: use_qalora is set, which is not served." in said
     assert main(["adapters", "check", good[0], f"--model-id={tmp_path / 'nowhere'}"]) == 2
     assert "--model-id" in capsys.readouterr().err

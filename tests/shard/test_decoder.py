@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorafleet.proto.messages import SamplingParams, SequenceStart, StepPlan
@@ -23,9 +24,11 @@ CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 259, (45,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def load(directory: Path, fused: bool = True) -> Decoder:
+def load(directory: Path, fused: bool = True, rank: int = 0, size: int = 1) -> Decoder:
     config = AutoConfig.from_pretrained(directory)
-    decoder = Decoder(config, Group(0, 1, CPU, ""), torch.float32, CPU)
+    group = Group(rank, 1, CPU, "")
+    group.size = size  # the shapes and the loading need no second process
+    decoder = Decoder(config, group, torch.float32, CPU)
     with Checkpoint(directory) as checkpoint:
         decoder.load(checkpoint, lambda done, total: None)
     if fused:
@@ -84,12 +87,7 @@ def test_a_checkpoint_in_several_files(tmp_path: Path) -> None:
 
 def test_a_rank_holds_its_part_only(tmp_path: Path) -> None:
     directory = make_checkpoint("llama", tmp_path)
-    config = AutoConfig.from_pretrained(directory)
-    group = Group(0, 1, CPU, "")
-    group.size = 2  # the shapes and the loading need no second process
-    decoder = Decoder(config, group, torch.float32, CPU)
-    with Checkpoint(directory) as checkpoint:
-        decoder.load(checkpoint, lambda done, total: None)
+    decoder = load(directory, fused=False, size=2)
     whole = load(directory)
     half = sum(site.weight.numel() for site in decoder.sites)
     assert half * 2 == sum(site.weight.numel() for site in whole.sites)
@@ -119,3 +117,18 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path: Path) -> None:
     (directory / "model.safetensors").unlink()
     with pytest.raises(BadCheckpoint, match=r"neither model\.safetensors nor"):
         load(directory)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_in_one_tensor_are_those_in_many(name: str, tmp_path: Path) -> None:
+    many = make_checkpoint(name, tmp_path / "many")
+    fused = tmp_path / "fused"
+    model = AutoModelForCausalLM.from_pretrained(many)
+    model.save_pretrained(fused, save_original_format=False)
+    assert not any("experts.0" in key for key in load_file(fused / "model.safetensors"))
+    whole = logits_in_steps(load(many), [45])
+    assert torch.equal(logits_in_steps(load(fused), [45]), whole)
+    for rank in range(2):
+        of_many, of_fused = (load(folder, False, rank, size=2).sites for folder in (many, fused))
+        for one, other in zip(of_many, of_fused, strict=True):
+            assert torch.equal(one.weight, other.weight), one.layout.name
