@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 
-from lorafleet.cache.adapter_files import WEIGHTS_FILE, AdapterSpec, unreadable
+from lorafleet.cache.adapter_files import AdapterSpec
 from lorafleet.cache.errors import AdapterUnservable, SourceUnavailable
 from lorafleet.cache.layout import ModelLayout
 from lorafleet.cache.linears import ModuleSpec
 from lorafleet.cache.packed_form import PackedForm
 from lorafleet.cache.parts import PartSpec
-from lorafleet.cache.safetensors_file import TensorRef
-
-_TORCH_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-}
+from lorafleet.cache.weights_reader import WeightsReader
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -52,7 +43,7 @@ def pack(
     Raises AdapterUnservable for values that are not finite, in the file or in the serving dtype,
     and SourceUnavailable when the files changed meanwhile.
     """
-    with _WeightsReader(spec) as reader:
+    with WeightsReader(spec.directory) as reader:
         for site, row in zip(layout.sites, packed.form.rows, strict=True):
             a_offset = row[0]
             for target, b_offset in zip(site.targets, row[3::2], strict=False):
@@ -100,38 +91,3 @@ def _check_finite(weight: torch.Tensor, block: torch.Tensor, name: str) -> None:
         raise AdapterUnservable(f"{name} holds values that are not finite numbers.")
     if not torch.isfinite(block).all():
         raise AdapterUnservable(f"{name} holds values too large for {block.dtype}.")
-
-
-class _WeightsReader:
-    """Tensors of the weights file, read one at a time with plain reads."""
-
-    def __init__(self, spec: AdapterSpec) -> None:
-        self._path = spec.directory / WEIGHTS_FILE
-        self._read: set[TensorRef] = set()
-        self.done = 0  # bytes of the tensors read, each counted once
-
-    def __enter__(self) -> Self:
-        try:
-            self._fd = os.open(self._path, os.O_RDONLY)
-        except OSError as error:
-            raise unreadable(error) from None
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-    def read(self, ref: TensorRef) -> torch.Tensor:
-        """A tensor in the file's own dtype and shape."""
-        data, done = memoryview(bytearray(ref.nbytes)), 0
-        try:
-            while done < ref.nbytes:
-                count = os.preadv(self._fd, [data[done:]], ref.offset + done)
-                if count == 0:
-                    raise SourceUnavailable(f"{self._path.name} shrank while it was read.")
-                done += count
-        except OSError as error:
-            raise unreadable(error) from None
-        if ref not in self._read:
-            self._read.add(ref)
-            self.done += ref.nbytes
-        return torch.frombuffer(data, dtype=_TORCH_DTYPES[ref.dtype]).view(ref.shape)
