@@ -54,10 +54,11 @@ def _check(
     dtype: torch.dtype,
 ) -> Verdict:
     try:
-        spec = read(path, layouts[0])
-        forms = [spec.form(layout, dtype.itemsize) for layout in layouts]
-        for layout, form in zip(layouts, forms, strict=True):
-            pack(read(path, layout), layout, allocate(form, dtype, False), _ignore)
+        forms = []
+        for layout in layouts:
+            spec = read(path, layout)
+            forms.append(spec.form(layout, dtype.itemsize))
+            pack(spec, layout, allocate(forms[-1], dtype, False), _ignore)
         return Verdict(
             path=path,
             rank=spec.rank,

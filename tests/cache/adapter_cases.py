@@ -124,7 +124,7 @@ def split_weights(directory: Path) -> Path:
     whole.unlink()
     names = sorted(tensors)
     halves = {"00001": names[: len(names) // 2], "00002": names[len(names) // 2 :]}
-    files = {}
+    files: dict[str, str] = {}
     for number, half in halves.items():
         file = f"adapter_model-{number}-of-00002.safetensors"
         save_file({name: tensors[name] for name in half}, directory / file)
