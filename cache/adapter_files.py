@@ -93,7 +93,7 @@ def read_spec(
     except OSError as error:
         raise unreadable(error) from None
     if not tensors:
-        raise AdapterUnservable(f"{WEIGHTS_FILE} holds no tensors.")
+        raise AdapterUnservable(f"{list(states)[1]} holds no tensors.")
     linears = read_linears(tensors, config, layout, base)
     return AdapterSpec(directory, states, linears.modules, linears.parts, allow_pickles)
 
