@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,19 @@ from lorafleet.cache.layout import ModelLayout
 from lorafleet.cache.linears import ModuleSpec, read_linears
 from lorafleet.cache.packed_form import PackedForm, plan_form
 from lorafleet.cache.parts import PartSpec
-from lorafleet.cache.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES, parse_config
-from lorafleet.cache.safetensors_file import read_header
+from lorafleet.cache.peft_config import MAX_CONFIG_BYTES, parse_config
+from lorafleet.cache.pickled_file import read_pickled_header
+from lorafleet.cache.safetensors_file import TensorRef, read_header
+from lorafleet.cache.weight_files import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MAX_INDEX_BYTES,
+    PICKLE_FILES,
+    WEIGHTS_FILE,
+    adapter_files,
+    parse_index,
+)
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-_PICKLE_FILE = "adapter_model.bin"
 _HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -38,9 +45,10 @@ class AdapterSpec:
     """An adapter that can be served on the layout it was read for."""
 
     directory: Path
-    states: tuple[FileState, ...]  # of config and weights when they were read
+    states: dict[str, FileState]  # of its files, config first, when they were read
     modules: dict[str, ModuleSpec]  # by full module name
     parts: tuple[PartSpec, ...] = ()
+    allow_pickles: bool = False  # as it was read
 
     @property
     def rank(self) -> int:
@@ -55,7 +63,7 @@ class AdapterSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of the adapter's files."""
-        return sum(state.nbytes for state in self.states)
+        return sum(state.nbytes for state in self.states.values())
 
     def form(self, layout: ModelLayout, itemsize: int) -> PackedForm:
         """Where everything lies once packed, for the layout the spec was read for."""
@@ -64,31 +72,39 @@ class AdapterSpec:
 
     def is_current(self) -> bool:
         """Whether the files are still those the spec was read from."""
-        return self.states == file_states(self.directory)
+        return self.states == file_states(self.directory, self.allow_pickles)
 
 
-def read_spec(directory: Path, layout: ModelLayout, base: BaseWeights | None = None) -> AdapterSpec:
+def read_spec(
+    directory: Path,
+    layout: ModelLayout,
+    base: BaseWeights | None = None,
+    allow_pickles: bool = False,
+) -> AdapterSpec:
     """Reads config and headers, no weights.
 
     `base`: for adapters whose result depends on it; None refuses them. Raises AdapterUnservable
     with a sentence naming the field, tensor or module at fault.
     """
-    states = file_states(directory)
+    states = file_states(directory, allow_pickles)
     try:
-        with (directory / CONFIG_FILE).open("rb") as file:
-            config = parse_config(file.read(MAX_CONFIG_BYTES + 1))
-        tensors = read_header(directory / WEIGHTS_FILE)
+        config = parse_config(_content(directory / CONFIG_FILE, MAX_CONFIG_BYTES))
+        tensors = read_tensors(directory, states)
     except OSError as error:
         raise unreadable(error) from None
     if not tensors:
-        raise AdapterUnservable(f"{WEIGHTS_FILE} holds no tensors.")
+        raise AdapterUnservable(f"{list(states)[1]} holds no tensors.")
     linears = read_linears(tensors, config, layout, base)
-    return AdapterSpec(directory, states, linears.modules, linears.parts)
+    return AdapterSpec(directory, states, linears.modules, linears.parts, allow_pickles)
 
 
-def file_states(directory: Path) -> tuple[FileState, ...]:
-    """The state of config and weights. Raises AdapterUnservable when either is missing."""
-    return tuple(_state(directory, name) for name in (CONFIG_FILE, WEIGHTS_FILE))
+def file_states(directory: Path, allow_pickles: bool = False) -> dict[str, FileState]:
+    """The states of the adapter's files. Raises AdapterUnservable when one is missing."""
+    try:
+        present = os.listdir(directory)
+    except OSError:
+        raise AdapterUnservable("The adapter's folder cannot be read.") from None
+    return {name: _state(directory, name) for name in adapter_files(present, allow_pickles)}
 
 
 def digest_files(spec: AdapterSpec, progress: Callable[[int], None]) -> str:
@@ -98,7 +114,7 @@ def digest_files(spec: AdapterSpec, progress: Callable[[int], None]) -> str:
     """
     digest, done = hashlib.sha256(), 0
     try:
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
+        for name in spec.states:
             with (spec.directory / name).open("rb") as file:
                 while chunk := file.read(_HASH_CHUNK_BYTES):
                     digest.update(chunk)
@@ -107,6 +123,34 @@ def digest_files(spec: AdapterSpec, progress: Callable[[int], None]) -> str:
     except OSError as error:
         raise unreadable(error) from None
     return digest.hexdigest()
+
+
+def _content(path: Path, limit: int) -> bytes:
+    """A file, or enough of it to see that it is too large."""
+    with path.open("rb") as file:
+        return file.read(limit + 1)
+
+
+def read_tensors(directory: Path, present: Iterable[str]) -> dict[str, TensorRef]:
+    """Every tensor by name, of an adapter's files in the order `adapter_files` gives them.
+
+    Raises AdapterUnservable, and OSError when a file cannot be read.
+    """
+    files = list(present)
+    if files[1] in PICKLE_FILES:
+        return read_pickled_header(directory / files[1])
+    if files[1] == WEIGHTS_FILE:
+        return read_header(directory / WEIGHTS_FILE)
+    index = parse_index(_content(directory / INDEX_FILE, MAX_INDEX_BYTES))
+    tensors: dict[str, TensorRef] = {}
+    for name in sorted(set(index.values())):
+        if name not in files:
+            raise AdapterUnservable(f"The adapter has no {name}, which {INDEX_FILE} names.")
+        header = read_header(directory / name)
+        if header.keys() != {tensor for tensor, file in index.items() if file == name}:
+            raise AdapterUnservable(f"{name} holds other tensors than {INDEX_FILE} says.")
+        tensors |= header
+    return tensors
 
 
 def unreadable(error: OSError) -> AdapterUnservable:
@@ -118,13 +162,6 @@ def unreadable(error: OSError) -> AdapterUnservable:
 def _state(directory: Path, name: str) -> FileState:
     try:
         found = (directory / name).stat()
-    except FileNotFoundError:
-        if name == WEIGHTS_FILE and os.path.exists(directory / _PICKLE_FILE):
-            raise AdapterUnservable(
-                f"The adapter has {_PICKLE_FILE} and no {WEIGHTS_FILE}: pickled weights are never "
-                "loaded; save it again as safetensors."
-            ) from None
-        raise AdapterUnservable(f"The adapter has no {name}.") from None
     except (OSError, ValueError):
         raise AdapterUnservable(f"{name} cannot be read.") from None
     if not stat.S_ISREG(found.st_mode):

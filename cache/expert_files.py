@@ -113,4 +113,6 @@ def _cut(
         view, shape = (rows, rank, num_experts), (out_features, rank)
         index = (outputs, slice(None), number)
     share = tensor.nbytes // (num_experts * part[1])
-    return TensorCut(tensor.name, tensor.dtype, shape, tensor.offset, share, tensor, view, index)
+    return TensorCut(
+        tensor.name, tensor.dtype, shape, tensor.offset, share, tensor.file, tensor, view, index
+    )

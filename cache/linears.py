@@ -24,6 +24,7 @@ from lorafleet.cache.peft_config import PeftConfig
 from lorafleet.cache.safetensors_file import TensorRef
 
 _PREFIX = "base_model.model."
+_BASE_WEIGHT = ".base_layer.weight"
 _DTYPES = ("F32", "F16", "BF16", "F64")
 
 
@@ -88,6 +89,11 @@ def _by_module(tensors: Mapping[str, TensorRef]) -> dict[str, dict[str, TensorRe
     """Module name -> its tensors by kind."""
     modules: dict[str, dict[str, TensorRef]] = {}
     for name, tensor in tensors.items():
+        if name.endswith(_BASE_WEIGHT):
+            raise AdapterUnservable(
+                f"The tensor {shown(name)} takes the place of a weight of the base model, which is "
+                "not served."
+            )
         split = split_name(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else None
         if split is None:
             raise AdapterUnservable(

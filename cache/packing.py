@@ -43,7 +43,7 @@ def pack(
     Raises AdapterUnservable for values that are not finite, in the file or in the serving dtype,
     and SourceUnavailable when the files changed meanwhile.
     """
-    with WeightsReader(spec) as reader:
+    with WeightsReader(spec.directory) as reader:
         for site, row in zip(layout.sites, packed.form.rows, strict=True):
             a_offset = row[0]
             for target, b_offset in zip(site.targets, row[3::2], strict=False):

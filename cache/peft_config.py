@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,8 +13,8 @@ from typing import Any
 from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.patterns import ModulePatterns
 from lorafleet.cache.target_rule import TargetRule
+from lorafleet.cache.weight_files import CONFIG_FILE
 
-CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 512
 
@@ -28,7 +29,14 @@ _UNSERVED_FIELDS = (
     "arrow_config",
     "kasa_config",
     "monteclora_config",
+    "megatron_config",
 )
+# Fields of peft's names for variants of LoRA that change training alone, or are served.
+_SERVED_FIELDS = (
+    "use_rslora", "use_dora", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "velora_config", "runtime_config",
+)  # fmt: skip
+_VARIANT_FIELD = re.compile(r"use_\w+|\w+_config")
 _BIASES = (None, "none", "all", "lora_only")
 # Starting points that leave the base weights as they are. The others train against changed ones.
 _SERVED_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
@@ -123,6 +131,12 @@ def _refuse_unserved(config: dict[str, Any]) -> None:
     for field in _UNSERVED_FIELDS:
         if config.get(field):
             raise AdapterUnservable(f"{field} is set, which is not served.")
+    for field in config:
+        if _VARIANT_FIELD.fullmatch(field) and field not in _SERVED_FIELDS and config[field]:
+            raise AdapterUnservable(
+                f"{shown(field)} is set, which by its name changes what the adapter computes and "
+                "is not known here."
+            )
     if config.get("bias") not in _BIASES:
         raise AdapterUnservable(
             f'bias is {shown(config["bias"])}; it must be "none", "all" or "lora_only".'
@@ -130,6 +144,7 @@ def _refuse_unserved(config: dict[str, Any]) -> None:
     if config.get("use_dora") and config.get("lora_bias"):
         raise AdapterUnservable("lora_bias is set beside use_dora, which peft does not define.")
     init = config.get("init_lora_weights")
+    init = init.lower() if isinstance(init, str) else init  # as peft does
     if not any(
         init is served or (isinstance(init, str) and init == served) for served in _SERVED_INITS
     ):

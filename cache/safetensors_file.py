@@ -29,13 +29,14 @@ _ITEM_BYTES = {dtype: size for size, dtypes in _DTYPES_BY_BYTES.items() for dtyp
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor's place in a safetensors file; `offset` counts bytes from the file's start."""
+    """A tensor's place in a file of an adapter; `offset` counts bytes from the file's start."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    file: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def _tensor(file: str, name: str, entry: Any, start: int) -> TensorRef:
     nbytes = span[1] - span[0]
     if nbytes != math.prod(shape) * _ITEM_BYTES[dtype]:
         raise AdapterUnservable(f"{file} is corrupt: {shown(name)} does not have its shape's size.")
-    return TensorRef(name, dtype, tuple(shape), start + span[0], nbytes)
+    return TensorRef(name, dtype, tuple(shape), start + span[0], nbytes, file)
 
 
 def _is_sizes(value: Any) -> bool:

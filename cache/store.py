@@ -67,6 +67,7 @@ class AdapterStore:
         `base`: None refuses adapters whose result depends on the base model's own weights.
         """
         self._layout, self._dtype, self._base = layout, dtype, base
+        self._allow_pickles = config.allow_pickled_adapters
         self._host = HostTier(config.adapter_host_bytes, dtype, pin=device.type == "cuda")
         self._sources: dict[str, AdapterSource] = open_sources(config, layout, hub_endpoint)
         self._adapters: dict[AdapterKey, _Adapter] = {}
@@ -133,7 +134,7 @@ class AdapterStore:
         known = self._adapters.get(key)
         if known is not None and (self._host.get(key) is not None or known.spec.is_current()):
             return known
-        spec = read_spec(directory, self._layout, self._base)
+        spec = read_spec(directory, self._layout, self._base, self._allow_pickles)
         adapter = _Adapter(key, spec, spec.form(self._layout, self._dtype.itemsize))
         self._adapters[key] = adapter
         return adapter

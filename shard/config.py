@@ -84,6 +84,11 @@ class ShardConfig:
     adapter_archive_bytes: Bytes = flag(
         Bytes("2GiB"), "bytes an archive may have, and bytes it may have in it"
     )
+    allow_pickled_adapters: bool = flag(
+        False,
+        "serve adapters that have adapter_model.bin or .pt and no safetensors; torch loads them "
+        "as weights alone",
+    )
     adapter_answer_seconds: float = flag(
         10.0, "seconds a remote source may take to accept a connection and for each next bytes"
     )

@@ -1,4 +1,4 @@
-"""An adapter's two files out of a tar.gz or zip that nobody vouches for.
+"""An adapter's files out of a tar.gz or zip that nobody vouches for.
 
 Everything is looked at before anything is written, no name in the archive becomes a path, and no
 single read is large, since both formats have headers that claim any size.
@@ -19,10 +19,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from lorafleet.cache.adapter_files import WEIGHTS_FILE
 from lorafleet.cache.errors import AdapterUnservable, shown
-from lorafleet.cache.peft_config import CONFIG_FILE
 from lorafleet.cache.sources.transfer import disk_faults
+from lorafleet.cache.weight_files import CONFIG_FILE, adapter_files
 
 _MAX_MEMBERS = 1000
 _MAX_RATIO = 100  # unpacked to packed; trained weights hardly shrink, an untrained half vanishes
@@ -46,7 +45,13 @@ class _Member:
     open: Callable[[], IO[bytes] | None]
 
 
-def unpack(archive: Path, directory: Path, max_bytes: int, reserve: Callable[[int], None]) -> int:
+def unpack(
+    archive: Path,
+    directory: Path,
+    max_bytes: int,
+    reserve: Callable[[int], None],
+    allow_pickles: bool = False,
+) -> int:
     """Writes config and weights into `directory`; returns their bytes.
 
     `reserve` is told those bytes before they are written. Raises AdapterUnservable for an archive
@@ -63,7 +68,7 @@ def unpack(archive: Path, directory: Path, max_bytes: int, reserve: Callable[[in
             members = list(_zip_members(stack, file))
         else:
             raise AdapterUnservable("The archive is neither a tar.gz nor a zip.")
-        chosen = _adapter_files(members, limit)
+        chosen = _adapter_files(members, limit, allow_pickles)
         total = sum(member.nbytes for member in chosen)
         reserve(total)
         for member in chosen:
@@ -124,7 +129,7 @@ def _path(name: str) -> PurePosixPath:
     return path
 
 
-def _adapter_files(members: list[_Member], limit: int) -> list[_Member]:
+def _adapter_files(members: list[_Member], limit: int, allow_pickles: bool) -> list[_Member]:
     """Config and weights, in the archive's order."""
     by_path = {member.path: member for member in members}
     if len(by_path) < len(members):
@@ -133,10 +138,9 @@ def _adapter_files(members: list[_Member], limit: int) -> list[_Member]:
     if any(member.nbytes < 0 for member in members) or total > limit:
         raise AdapterUnservable(f"The archive has {total} bytes in it; it may have {limit}.")
     folder = _folder(list(by_path))
-    wanted = {folder / CONFIG_FILE, folder / WEIGHTS_FILE}
-    for path in sorted(wanted):
-        if path not in by_path:
-            raise AdapterUnservable(f"The archive has no {path.name}.")
+    present = {path.name for path in by_path if path.parent == folder}
+    names = adapter_files(present, allow_pickles, "The archive")
+    wanted = {folder / name for name in names}
     return [member for member in members if member.path in wanted]
 
 

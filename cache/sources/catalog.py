@@ -30,6 +30,8 @@ class SourceConfig(Protocol):
     @property
     def adapter_archive_bytes(self) -> int: ...
     @property
+    def allow_pickled_adapters(self) -> bool: ...
+    @property
     def adapter_answer_seconds(self) -> float: ...
     @property
     def adapter_download_seconds(self) -> float: ...
@@ -45,14 +47,15 @@ def open_sources(
     """
     disk = DiskTier(Path(config.adapter_cache_dir).expanduser(), config.adapter_disk_bytes)
     patience = Patience(config.adapter_answer_seconds, config.adapter_download_seconds)
+    pickles = config.allow_pickled_adapters
     sources: dict[str, AdapterSource] = {
         local.SOURCE: local.LocalSource(config.adapter_root),
-        hub.SOURCE: hub.HubSource(disk, hub_endpoint, patience),
+        hub.SOURCE: hub.HubSource(disk, hub_endpoint, patience, pickles),
         s3.SOURCE: s3.S3Source(
-            disk, config.adapter_s3_endpoint, config.adapter_s3_buckets, patience
+            disk, config.adapter_s3_endpoint, config.adapter_s3_buckets, patience, pickles
         ),
         http.SOURCE: http.HttpSource(
-            disk, config.adapter_http_hosts, config.adapter_archive_bytes, patience
+            disk, config.adapter_http_hosts, config.adapter_archive_bytes, patience, pickles
         ),
     }
-    return sources | {recipe.SOURCE: merged.MergedSource(disk, sources, layout)}
+    return sources | {recipe.SOURCE: merged.MergedSource(disk, sources, layout, pickles)}

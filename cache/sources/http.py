@@ -47,11 +47,12 @@ class HttpSource(Downloads):
         hosts: Iterable[str],
         max_bytes: int,
         patience: Patience | None = None,
+        allow_pickles: bool = False,
     ) -> None:
         """`max_bytes`: of an archive, and of what is in it. Raises ValueError for a bad host."""
         super().__init__(disk, SOURCE)
         self._hosts, self._max_bytes = AllowedHosts(hosts), max_bytes
-        self._patience = patience or Patience()
+        self._patience, self._allow_pickles = patience or Patience(), allow_pickles
 
     def fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
         """Downloads and unpacks unless that is done; see AdapterFault for what it raises."""
@@ -85,6 +86,7 @@ class HttpSource(Downloads):
                 directory,
                 self._max_bytes,
                 lambda total: self._disk.reserve(replace(download, nbytes=nbytes + total)),
+                self._allow_pickles,
             )
             archive.unlink()
             return total

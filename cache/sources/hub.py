@@ -31,22 +31,20 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from lorafleet.cache.adapter_files import WEIGHTS_FILE
 from lorafleet.cache.disk_tier import DiskTier, Download, Fill
 from lorafleet.cache.errors import (
     AdapterFault,
     AdapterForbidden,
     AdapterNotFound,
-    AdapterUnservable,
     SourceTimeout,
     SourceUnavailable,
     shown,
 )
-from lorafleet.cache.peft_config import CONFIG_FILE
 from lorafleet.cache.sources.checksum import Checksum
 from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import Patience, Progress
 from lorafleet.cache.sources.transfer import Body, RemoteFile, Transfer, ranged_offset
+from lorafleet.cache.weight_files import CONFIG_FILE, adapter_files
 from lorafleet.proto.messages import AdapterKey
 
 SOURCE = "hub"
@@ -60,11 +58,16 @@ class HubSource(Downloads):
     """`id` is a repository, `revision` a commit, branch or tag; empty is the default branch."""
 
     def __init__(
-        self, disk: DiskTier, endpoint: str | None = None, patience: Patience | None = None
+        self,
+        disk: DiskTier,
+        endpoint: str | None = None,
+        patience: Patience | None = None,
+        allow_pickles: bool = False,
     ) -> None:
         """`endpoint`: base URL, None for what HF_ENDPOINT says."""
         super().__init__(disk, SOURCE)
         self._endpoint, self._patience = endpoint, patience or Patience()
+        self._allow_pickles = allow_pickles
 
     def fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
         """Downloads unless the files are here already; see AdapterFault for what it raises."""
@@ -98,7 +101,7 @@ class HubSource(Downloads):
 
     def _plan(self, key: AdapterKey, api_token: str, progress: Progress) -> tuple[Download, Fill]:
         info = self._repository(key, api_token)
-        files = _files(key, info)
+        files = _files(key, info, self._allow_pickles)
         download = Download(key, info.sha, sum(f.nbytes for f in files), _is_restricted(info))
         remote = _Repository(key, info.sha, api_token, self._endpoint, self._patience)
         transfer = Transfer(remote, self._patience, progress)
@@ -172,16 +175,14 @@ def _check_key(key: AdapterKey) -> None:
         raise AdapterNotFound(f"{shown(key.id)} has no revision {shown(key.revision)}.")
 
 
-def _files(key: AdapterKey, info: Any) -> list[RemoteFile]:
+def _files(key: AdapterKey, info: Any, allow_pickles: bool) -> list[RemoteFile]:
     """The files to download, config first."""
     present = {sibling.rfilename: sibling for sibling in info.siblings or []}
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if name not in present:
-            raise AdapterUnservable(f"{shown(str(key))} has no {name}.")
+    names = adapter_files(present, allow_pickles, shown(str(key)))
+    for name in names:
         size = present[name].size
         if type(size) is not int or size < 0:
             raise SourceUnavailable(f"The hub did not say how large {name} of {shown(key.id)} is.")
-    names = (CONFIG_FILE, WEIGHTS_FILE)
     return [RemoteFile(name, present[name].size, _checksum(present[name])) for name in names]
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lorafleet.cache.adapter_files import WEIGHTS_FILE
 from lorafleet.cache.errors import AdapterNotFound, shown
-from lorafleet.cache.peft_config import CONFIG_FILE
 from lorafleet.cache.sources.source import Progress
+from lorafleet.cache.weight_files import CONFIG_FILE, is_adapter_file
 from lorafleet.proto.messages import AdapterKey
 
 SOURCE = "local"
@@ -35,7 +34,7 @@ class LocalSource:
         directory = self._inside(key.id)
         if directory is None or directory == self._root or not os.path.isdir(directory):
             raise AdapterNotFound(f"There is no local adapter {shown(key.id)}.")
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
+        for name in filter(is_adapter_file, _names(directory)):
             if self._inside(str(directory / name)) is None:
                 raise AdapterNotFound(f"There is no local adapter {shown(key.id)}.")
         return directory
@@ -73,3 +72,11 @@ class LocalSource:
             return real if real.is_relative_to(self._root) else None
         except (OSError, ValueError, RuntimeError):
             return None
+
+
+def _names(directory: Path) -> list[str]:
+    """What is in a directory; nothing where it cannot be read, which whoever reads it will tell."""
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []

@@ -21,18 +21,18 @@ from typing import Any
 
 import torch
 
-from lorafleet.cache.adapter_files import WEIGHTS_FILE, AdapterSpec, read_spec
+from lorafleet.cache.adapter_files import AdapterSpec, read_spec, read_tensors
 from lorafleet.cache.combine import combine
 from lorafleet.cache.disk_tier import DiskTier, Download
 from lorafleet.cache.errors import AdapterNotFound, AdapterUnservable, SourceUnavailable, shown
 from lorafleet.cache.layout import ModelLayout
-from lorafleet.cache.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES
+from lorafleet.cache.peft_config import MAX_CONFIG_BYTES
 from lorafleet.cache.recipe import SOURCE, MergeRecipe, members_of
-from lorafleet.cache.safetensors_file import read_header
 from lorafleet.cache.sources import local
 from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import AdapterSource, Progress
 from lorafleet.cache.sources.transfer import disk_faults
+from lorafleet.cache.weight_files import CONFIG_FILE, WEIGHTS_FILE
 from lorafleet.cache.weights_reader import WeightsReader
 from lorafleet.proto.messages import AdapterKey, FetchProgress
 
@@ -74,11 +74,15 @@ class MergedSource(Downloads):
     """`id` is a recipe (cache/recipe.py). Whoever may use all members may use the merge."""
 
     def __init__(
-        self, disk: DiskTier, sources: Mapping[str, AdapterSource], layout: ModelLayout
+        self,
+        disk: DiskTier,
+        sources: Mapping[str, AdapterSource],
+        layout: ModelLayout,
+        allow_pickles: bool,
     ) -> None:
         """`sources`: where members come from, by name."""
         super().__init__(disk, SOURCE)
-        self._sources, self._layout = sources, layout
+        self._sources, self._layout, self._allow_pickles = sources, layout, allow_pickles
         self._work = Lock()  # one merge at a time, and on one core: the others are for steps
 
     def fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
@@ -86,7 +90,10 @@ class MergedSource(Downloads):
         recipe = _recipe(key)
         found = {
             member: _read_member(
-                str(member), self._fetch_member(member, api_token, progress), self._layout
+                str(member),
+                self._fetch_member(member, api_token, progress),
+                self._layout,
+                self._allow_pickles,
             )
             for member in members_of(key)
         }
@@ -267,12 +274,12 @@ def _recipe(key: AdapterKey) -> MergeRecipe:
         raise AdapterUnservable(f"{sentence[:1].upper()}{sentence[1:]}.") from None
 
 
-def _read_member(name: str, directory: Path, layout: ModelLayout) -> _Member:
+def _read_member(name: str, directory: Path, layout: ModelLayout, allow_pickles: bool) -> _Member:
     """Raises AdapterUnservable, naming the member, unless it is a plain LoRA on linear layers."""
     try:
         config = _read_config(directory / CONFIG_FILE)
-        spec = read_spec(directory, layout)
-        tensors = read_header(directory / WEIGHTS_FILE)
+        spec = read_spec(directory, layout, allow_pickles=allow_pickles)
+        tensors = read_tensors(directory, spec.states)
     except AdapterUnservable as error:
         raise AdapterUnservable(f"{shown(name)} cannot be merged: {error}") from None
     except OSError:
@@ -342,7 +349,7 @@ def _rank(name: str, holders: list[_Member]) -> int:
 def _read(member: _Member, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A member's whole A and B of one module."""
     module = member.spec.modules[name]
-    with WeightsReader(member.spec) as reader:
+    with WeightsReader(member.spec.directory) as reader:
         a, b = reader.read(module.a).float(), reader.read(module.b).float()
     for side, tensor in (("A", a), ("B", b)):
         if not torch.isfinite(tensor).all():

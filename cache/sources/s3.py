@@ -14,22 +14,28 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from lorafleet.cache.adapter_files import WEIGHTS_FILE
 from lorafleet.cache.disk_tier import DiskTier, Download, Fill
 from lorafleet.cache.errors import (
     AdapterFault,
     AdapterForbidden,
     AdapterNotFound,
-    AdapterUnservable,
     SourceTimeout,
     SourceUnavailable,
     shown,
 )
-from lorafleet.cache.peft_config import CONFIG_FILE
 from lorafleet.cache.sources.checksum import Checksum
 from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import Patience, Progress
 from lorafleet.cache.sources.transfer import Body, RemoteFile, Transfer, ranged_offset
+from lorafleet.cache.weight_files import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MAX_INDEX_BYTES,
+    PICKLE_FILES,
+    WEIGHTS_FILE,
+    adapter_files,
+    parse_index,
+)
 from lorafleet.proto.messages import AdapterKey
 
 SOURCE = "s3"
@@ -55,11 +61,12 @@ class S3Source(Downloads):
         endpoint: str = "",
         buckets: Iterable[str] = (),
         patience: Patience | None = None,
+        allow_pickles: bool = False,
     ) -> None:
         """`endpoint`: base URL, empty for boto3's own; `buckets`: the only ones, empty for any."""
         super().__init__(disk, SOURCE)
         self._endpoint, self._buckets = endpoint, frozenset(buckets)
-        self._patience = patience or Patience()
+        self._patience, self._allow_pickles = patience or Patience(), allow_pickles
         self._client: Any = None  # made on first use, safe to share between threads
         self._lock = Lock()  # guards _client; making one is not thread-safe
 
@@ -78,7 +85,7 @@ class S3Source(Downloads):
         self, key: AdapterKey, bucket: str, prefix: str, progress: Progress
     ) -> tuple[Download, Fill]:
         folder = _Folder(key, self._connected(), bucket, prefix)
-        files = folder.files()
+        files = folder.files(self._allow_pickles)
         download = Download(key, folder.commit, sum(file.nbytes for file in files), False)
         transfer = Transfer(folder, self._patience, progress)
         return download, lambda directory: transfer.run(directory, files)
@@ -91,7 +98,7 @@ class S3Source(Downloads):
 
 
 class _Folder:
-    """One adapter's two objects, pinned to what they were when they were first looked at."""
+    """One adapter's objects, pinned to what they were when they were first looked at."""
 
     def __init__(self, key: AdapterKey, client: Any, bucket: str, prefix: str) -> None:
         self.name = shown(key.id)
@@ -103,15 +110,32 @@ class _Folder:
         """Names the content of all files; known after `files`."""
         return " ".join(pin.get("VersionId") or pin["IfMatch"] for pin in self._pins.values())
 
-    def files(self) -> list[RemoteFile]:
+    def files(self, allow_pickles: bool) -> list[RemoteFile]:
         """The files to download, config first. Raises AdapterFault."""
-        heads = {name: self._head(name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
-        missing = [name for name, head in heads.items() if head is None]
-        if len(missing) == len(heads):
-            raise AdapterNotFound(f"S3 has no {self.name}.")
-        if missing:
-            raise AdapterUnservable(f"{self.name} has no {missing[0]}.")
-        return [self._file(name, head) for name, head in heads.items() if head is not None]
+        heads = self._heads(CONFIG_FILE, WEIGHTS_FILE)
+        if WEIGHTS_FILE not in heads:
+            heads |= self._heads(INDEX_FILE)
+            if INDEX_FILE in heads:
+                heads |= self._heads(*sorted(set(self._index().values())))
+            else:
+                heads |= self._heads(*PICKLE_FILES)
+            if not heads:
+                raise AdapterNotFound(f"S3 has no {self.name}.")
+        names = adapter_files(heads, allow_pickles, self.name)
+        return [self._file(name, heads[name]) for name in names]
+
+    def _heads(self, *names: str) -> dict[str, Any]:
+        """What S3 says of those of the objects that are there."""
+        heads = ((name, self._head(name)) for name in names)
+        return {name: head for name, head in heads if head is not None}
+
+    def _index(self) -> dict[str, str]:
+        try:
+            with closing(self._client.get_object(**self._object(INDEX_FILE))["Body"]) as body:
+                data = body.read(MAX_INDEX_BYTES + 1)
+        except Exception as error:
+            raise self.fault(error) from None
+        return parse_index(data)
 
     @contextmanager
     def open(self, file: RemoteFile, offset: int) -> Iterator[Body]:

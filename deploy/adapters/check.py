@@ -6,14 +6,14 @@ depends on them and they are at hand; ones stand in for them where only a config
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from lorafleet.cache.adapter_files import digest_files, read_spec
+from lorafleet.cache.adapter_files import AdapterSpec, digest_files, read_spec
 from lorafleet.cache.base_weights import BaseWeights
 from lorafleet.cache.errors import AdapterFault
 from lorafleet.cache.host_memory import allocate
@@ -28,23 +28,37 @@ from lorafleet.shard.model import Decoder
 
 
 def check_folders(
-    paths: Sequence[str], model_id: str, revision: str, num_shard: int, dtype: str
+    paths: Sequence[str],
+    model_id: str,
+    revision: str,
+    num_shard: int,
+    dtype: str,
+    allow_pickles: bool = False,
 ) -> list[Verdict]:
     """A verdict for each folder. Raises ValueError when the model cannot be served itself."""
     config = _config(model_id, revision)
     kind = _dtype(dtype, config)
     layouts = [_layout(config, rank, num_shard, kind) for rank in range(num_shard)]
     base = _base(model_id, layouts[0], kind)
-    return [_check(path, layouts, base, kind) for path in paths]
+
+    def read(path: str, layout: ModelLayout) -> AdapterSpec:
+        return read_spec(Path(path), layout, base, allow_pickles)
+
+    return [_check(path, layouts, read, kind) for path in paths]
 
 
-def _check(path: str, layouts: list[ModelLayout], base: BaseWeights, dtype: torch.dtype) -> Verdict:
+def _check(
+    path: str,
+    layouts: list[ModelLayout],
+    read: Callable[[str, ModelLayout], AdapterSpec],
+    dtype: torch.dtype,
+) -> Verdict:
     try:
-        spec = read_spec(Path(path), layouts[0], base)
-        forms = [spec.form(layout, dtype.itemsize) for layout in layouts]
-        for layout, form in zip(layouts, forms, strict=True):
-            local = read_spec(Path(path), layout, base)
-            pack(local, layout, allocate(form, dtype, False), _ignore)
+        forms = []
+        for layout in layouts:
+            spec = read(path, layout)
+            forms.append(spec.form(layout, dtype.itemsize))
+            pack(spec, layout, allocate(forms[-1], dtype, False), _ignore)
         return Verdict(
             path=path,
             rank=spec.rank,

@@ -86,7 +86,10 @@ def _drop(args: Namespace) -> int:
 def _check(args: Namespace) -> int:
     from lorafleet.deploy.adapters.check import check_folders  # brings torch
 
-    verdicts = check_folders(args.paths, args.model_id, args.revision, args.num_shard, args.dtype)
+    verdicts = check_folders(
+        args.paths, args.model_id, args.revision, args.num_shard, args.dtype,
+        args.allow_pickled_adapters,
+    )  # fmt: skip
     if args.json:
         print(json.dumps([verdict.to_dict() for verdict in verdicts], indent=2))
     else:
@@ -157,5 +160,10 @@ def _check_flags(parser: ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="serving dtype; auto takes the model's (default: auto)",
+    )
+    add(
+        "--allow-pickled-adapters",
+        action="store_true",
+        help="as a server with this flag, which loads adapter_model.bin and .pt",
     )
     add("--json", action="store_true", help="JSON instead of a table")

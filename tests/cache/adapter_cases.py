@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lorafleet.cache.layout import Interval, LoraSite, ModelLayout, TargetModule
 from lorafleet.proto.flags import Bytes
@@ -71,6 +71,7 @@ class Settings:
     adapter_s3_buckets: tuple[str, ...] = ()
     adapter_http_hosts: tuple[str, ...] = ()
     adapter_archive_bytes: Bytes = Bytes("64MiB")
+    allow_pickled_adapters: bool = False
     adapter_answer_seconds: float = 10.0
     adapter_download_seconds: float = 60.0
 
@@ -113,4 +114,29 @@ def write_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "adapter_config.json").write_text(json.dumps(config or config_of()))
     save_file(tensors or tensors_of(), directory / "adapter_model.safetensors")
+    return directory
+
+
+def split_weights(directory: Path) -> Path:
+    """Makes an adapter's one file of weights two, with an index."""
+    whole = directory / "adapter_model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    names = sorted(tensors)
+    halves = {"00001": names[: len(names) // 2], "00002": names[len(names) // 2 :]}
+    files: dict[str, str] = {}
+    for number, half in halves.items():
+        file = f"adapter_model-{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in half}, directory / file)
+        files |= dict.fromkeys(half, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": files}
+    (directory / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def pickle_weights(directory: Path, name: str = "adapter_model.bin") -> Path:
+    """Makes an adapter's weights what torch.save writes."""
+    whole = directory / "adapter_model.safetensors"
+    torch.save(load_file(whole), directory / name)
+    whole.unlink()
     return directory

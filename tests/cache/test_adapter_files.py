@@ -103,6 +103,9 @@ def test_starting_points_that_keep_the_base_are_served(tmp_path: Path, init: Any
         ("arrow_config", {"top_k": 3}),
         ("kasa_config", {"beta": 1}),
         ("monteclora_config", {"samples": 1}),
+        ("megatron_config", {"tensor_model_parallel_size": 2}),
+        ("use_newlora", True),
+        ("newlora_config", {"a": 1}),
         ("use_rslora", "yes"),
         ("r", 0),
         ("r", 513),
@@ -124,6 +127,41 @@ def test_starting_points_that_keep_the_base_are_served(tmp_path: Path, init: Any
 )
 def test_refusal_names_the_field(tmp_path: Path, field: str, value: Any) -> None:
     assert field in refusal(write_adapter(tmp_path, config_of(**{field: value})))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lora_dropout", 0.1),
+        ("fan_in_fan_out", True),
+        ("inference_mode", True),
+        ("task_type", "CAUSAL_LM"),
+        ("auto_mapping", {"base_model_class": "LlamaForCausalLM"}),
+        ("revision", "main"),
+        ("peft_version", "0.99.0"),
+        ("megatron_core", "megatron.core"),
+        ("qalora_group_size", 16),
+        ("runtime_config", {"ephemeral_gpu_offload": True}),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("eva_config", {"rho": 2.0}),
+        ("corda_config", {"covariance_file": None}),
+        ("lora_ga_config", {"direction": "ArB2r"}),
+        ("velora_config", {"num_groups": 2}),
+        ("use_newlora", False),
+        ("newlora_config", None),
+        ("a_newer_field", 3),
+        ("init_lora_weights", "Gaussian"),
+    ],
+)
+def test_fields_that_change_nothing_are_served(tmp_path: Path, field: str, value: Any) -> None:
+    assert read(write_adapter(tmp_path, config_of(**{field: value}))).rank == 4
+
+
+def test_r_and_alpha_have_pefts_defaults(tmp_path: Path) -> None:
+    config = config_of()
+    del config["r"], config["lora_alpha"]
+    spec = read(write_adapter(tmp_path, config, tensors_of(rank=8)))
+    assert (spec.rank, {m.scale for m in spec.modules.values()}) == (8, {1.0})
 
 
 @pytest.mark.parametrize(
@@ -153,7 +191,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     write_adapter(tmp_path)
     (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
-    assert "pickled" in refusal(tmp_path)
+    assert "--allow-pickled-adapters" in refusal(tmp_path)
 
 
 def test_a_wrong_base_names_module_and_both_models(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from lorafleet.cache.errors import AdapterUnservable, TierFull
 from lorafleet.cache.sources.archive import unpack
+from tests.cache.adapter_cases import pickle_weights, split_weights, write_adapter
 from tests.cache.archive_cases import FILES, REFUSED, Case, adapter_files, tar_of, zip_of
 
 MAX_BYTES = 64 << 20
@@ -72,3 +73,20 @@ def test_room_is_asked_for_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(TierFull):
         unpacked(tmp_path, tar_of(adapter_files(tmp_path / "adapter")), full)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_takes_every_file_of_sharded_weights(tmp_path: Path) -> None:
+    folder = split_weights(write_adapter(tmp_path / "adapter"))
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(files) == 4
+    target = unpacked(tmp_path, tar_of(files | {"other.safetensors": b""}))
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == files
+
+
+def test_takes_pickled_weights_only_if_allowed(tmp_path: Path) -> None:
+    folder = pickle_weights(write_adapter(tmp_path / "adapter"))
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(AdapterUnservable, match="--allow-pickled-adapters"):
+        unpacked(tmp_path, zip_of(files))
+    unpack(tmp_path / "archive", tmp_path / "out", MAX_BYTES, lambda total: None, True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files.keys()

@@ -28,7 +28,13 @@ from lorafleet.cache.errors import (
 from lorafleet.cache.sources.hub import HubSource
 from lorafleet.cache.sources.source import Patience
 from lorafleet.proto.messages import AdapterKey, FetchProgress
-from tests.cache.adapter_cases import config_of, tensors_of, write_adapter
+from tests.cache.adapter_cases import (
+    config_of,
+    pickle_weights,
+    split_weights,
+    tensors_of,
+    write_adapter,
+)
 from tests.cache.hub_stand_in import Hub, Repo
 
 KEY = AdapterKey("hub", "owner/adapter")
@@ -63,6 +69,27 @@ def source(hub: Hub, disk: DiskTier) -> HubSource:
 
 def ignore(progress: FetchProgress) -> None:
     pass
+
+
+def test_downloads_every_file_of_sharded_weights(hub: Hub, disk: DiskTier, tmp_path: Path) -> None:
+    folder = split_weights(tmp_path / "hub")
+    directory = HubSource(disk, hub.endpoint).fetch(KEY, "", ignore)
+    names = {path.name for path in folder.iterdir()} - {"README.md"}
+    assert len(names) == 4
+    for name in names:
+        assert (directory / name).read_bytes() == (folder / name).read_bytes()
+    assert not (directory / "README.md").exists()
+
+
+def test_downloads_pickled_weights_only_if_allowed(
+    hub: Hub, disk: DiskTier, tmp_path: Path
+) -> None:
+    pickle_weights(tmp_path / "hub")
+    with pytest.raises(AdapterUnservable, match="--allow-pickled-adapters"):
+        HubSource(disk, hub.endpoint).fetch(KEY, "", ignore)
+    assert not leftovers(tmp_path)
+    directory = HubSource(disk, hub.endpoint, allow_pickles=True).fetch(KEY, "", ignore)
+    assert (directory / "adapter_model.bin").exists()
 
 
 def leftovers(tmp_path: Path) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from lorafleet.cache.errors import AdapterNotFound
 from lorafleet.cache.sources.local import LocalSource
 from lorafleet.proto.messages import AdapterKey
-from tests.cache.adapter_cases import write_adapter
+from tests.cache.adapter_cases import split_weights, write_adapter
 
 
 @pytest.fixture
@@ -85,3 +85,13 @@ def test_there_are_no_revisions(root: Path) -> None:
 def test_lists_adapters_two_levels_deep(root: Path) -> None:
     write_adapter(root / "too" / "deep" / "down")
     assert [key.id for key, _ in LocalSource(str(root)).list()] == ["owner/nested", "plain"]
+
+
+def test_a_part_of_the_weights_that_links_out_is_refused(root: Path) -> None:
+    adapter = split_weights(write_adapter(root / "parts"))
+    assert fetch(root, "parts") == adapter
+    part = next(adapter.glob("adapter_model-00002*"))
+    part.rename(root.parent / "elsewhere")
+    part.symlink_to(root.parent / "elsewhere")
+    with pytest.raises(AdapterNotFound):
+        fetch(root, "parts")

@@ -112,7 +112,7 @@ def source(case: Case, tmp_path: Path) -> MergedSource:
 
 def open_source(root: Path, cache: Path, rank: int = 0, world: int = 1) -> MergedSource:
     disk = DiskTier(cache / "disk", 1 << 26)
-    return MergedSource(disk, {"local": LocalSource(str(root))}, tiny_layout(rank, world))
+    return MergedSource(disk, {"local": LocalSource(str(root))}, tiny_layout(rank, world), False)
 
 
 def recipe_of(
@@ -351,7 +351,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 def test_a_merge_is_for_those_who_may_read_every_member(hub: Hub, tmp_path: Path) -> None:
     disk = DiskTier(tmp_path / "disk", 1 << 26)
-    source = MergedSource(disk, {"hub": HubSource(disk, hub.endpoint)}, tiny_layout())
+    source = MergedSource(disk, {"hub": HubSource(disk, hub.endpoint)}, tiny_layout(), False)
     hub.repos["owner/b"].token = "hf_right"
     members = (AdapterKey("hub", "owner/a"), AdapterKey("hub", "owner/b"))
     key = MergeRecipe(tuple(Member(member, 0.5) for member in members)).key

@@ -29,7 +29,12 @@ from lorafleet.cache.errors import (
 from lorafleet.cache.sources.s3 import S3Source
 from lorafleet.cache.sources.source import Patience
 from lorafleet.proto.messages import AdapterKey, FetchProgress
-from tests.cache.adapter_cases import tensors_of, write_adapter
+from tests.cache.adapter_cases import (
+    pickle_weights,
+    split_weights,
+    tensors_of,
+    write_adapter,
+)
 from tests.cache.proxy import Proxy
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -101,6 +106,32 @@ def upload(client: Any, folder: Path, prefix: str, bucket: str = "adapters") -> 
 
 def ignore(progress: FetchProgress) -> None:
     pass
+
+
+def test_downloads_every_file_of_sharded_weights(
+    client: Any, server: str, disk: DiskTier, tmp_path: Path
+) -> None:
+    folder = split_weights(write_adapter(tmp_path / "parts"))
+    upload(client, folder, "team/parts")
+    key = AdapterKey("s3", "s3://adapters/team/parts")
+    directory = S3Source(disk, server).fetch(key, "", ignore)
+    for path in folder.iterdir():
+        assert (directory / path.name).read_bytes() == path.read_bytes()
+    client.delete_object(Bucket="adapters", Key="team/parts/adapter_config.json")
+    disk.drop(key)
+    with pytest.raises(AdapterUnservable, match=r"has no adapter_config\.json"):
+        S3Source(disk, server).fetch(key, "", ignore)
+
+
+def test_downloads_pickled_weights_only_if_allowed(
+    client: Any, server: str, disk: DiskTier, tmp_path: Path
+) -> None:
+    upload(client, pickle_weights(write_adapter(tmp_path / "pickled")), "team/pickled")
+    key = AdapterKey("s3", "s3://adapters/team/pickled")
+    with pytest.raises(AdapterUnservable, match="--allow-pickled-adapters"):
+        S3Source(disk, server).fetch(key, "", ignore)
+    directory = S3Source(disk, server, allow_pickles=True).fetch(key, "", ignore)
+    assert (directory / "adapter_model.bin").exists()
 
 
 def assert_same(directory: Path, folder: Path) -> None:

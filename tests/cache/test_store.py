@@ -27,6 +27,7 @@ from tests.cache.adapter_cases import (
     HIDDEN,
     Settings,
     config_of,
+    pickle_weights,
     tensors_of,
     tiny_layout,
     write_adapter,
@@ -132,6 +133,19 @@ def test_a_refused_adapter_gives_its_room_back(config: Settings, tmp_path: Path)
         with pytest.raises(AdapterUnservable, match="not finite"):
             fetch(store, AdapterKey("local", "broken"))
     assert fetch(store, ONE).tier is Tier.HOST
+
+
+def test_pickled_weights_are_served_where_the_operator_allows_them(
+    config: Settings, tmp_path: Path
+) -> None:
+    pickle_weights(write_adapter(tmp_path / "root" / "pickled"))
+    key = AdapterKey("local", "pickled")
+    with pytest.raises(AdapterUnservable, match="--allow-pickled-adapters"):
+        fetch(open_store(config), key)
+    store = open_store(replace(config, allow_pickled_adapters=True))
+    fetch(store, key)
+    fetch(store, ONE)
+    assert torch.equal(store.host(key).buffer, store.host(ONE).buffer)
 
 
 def test_drop_forgets_the_tier_and_above(store: AdapterStore, tmp_path: Path) -> None:
