@@ -18,6 +18,7 @@ from lorafleet.router.deadline import Deadline, read_deadline
 from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, check_string
 from lorafleet.router.generation import Generation
+from lorafleet.router.priority import read_priority
 from lorafleet.router.prompt import read_adapter, read_api_token
 from lorafleet.router.request import FinishReason, GenerationRequest
 from lorafleet.router.sampling import Sampling, read_sampling
@@ -50,6 +51,7 @@ class OpenAiCall:
     stream: bool
     include_usage: bool
     deadline: Deadline
+    priority: int
     api_token: str = field(repr=False)
 
 
@@ -131,6 +133,7 @@ def read_call(
         stream=stream,
         include_usage=stream and options.boolean("include_usage"),
         deadline=read_deadline(fields, config),
+        priority=read_priority(fields),
         api_token=read_api_token(fields, adapter, headers),
     )
 

@@ -28,6 +28,7 @@ class Arrival:
     salt: str
     prompt_logprobs: bool
     leaves_after: int  # turns, 0 = stays
+    priority: int
 
 
 STEMS: list[list[int]] = [[], [7] * 9, [7] * 17, [*range(10, 26)]]
@@ -45,6 +46,7 @@ def make_arrivals(seed: int, count: int, window: int) -> list[Arrival]:
             salt=random.choice(["", "", "other"]),
             prompt_logprobs=random.random() < 0.2,
             leaves_after=random.choice([0, 0, 0, 0, random.randint(1, 20)]),
+            priority=random.choice([0, 0, 0, -3, 2]),
         )
         for _ in range(count)
     ]
@@ -63,6 +65,8 @@ def make_arrivals(seed: int, count: int, window: int) -> list[Arrival]:
     arena_units=st.integers(max(ADAPTER_UNITS), 12),
     chunk_tokens=st.integers(0, 7),
     max_overtakes=st.integers(1, 4),
+    max_running=st.integers(0, 3),
+    quantum_tokens=st.sampled_from([1, 16, 1024]),
     run_ahead=st.integers(0, 1),
     prefix_caching=st.booleans(),
     eos_after=st.integers(0, 12),
@@ -77,6 +81,8 @@ def test_every_sequence_gets_its_own_tokens_and_leaves_nothing(
     arena_units: int,
     chunk_tokens: int,
     max_overtakes: int,
+    max_running: int,
+    quantum_tokens: int,
     run_ahead: int,
     prefix_caching: bool,
     eos_after: int,
@@ -93,7 +99,9 @@ def test_every_sequence_gets_its_own_tokens_and_leaves_nothing(
     adapters = [make_adapter(f"adapter-{i}", units) for i, units in enumerate(ADAPTER_UNITS)]
     driver = Driver(
         info,
-        SchedulerLimits(chunk_tokens, prefix_caching, max_overtakes),
+        SchedulerLimits(
+            chunk_tokens, prefix_caching, max_overtakes, max_running, quantum_tokens, 4.0
+        ),
         FakeModel(eos_after=eos_after),
         adapters,
         run_ahead,
@@ -129,6 +137,7 @@ def play(driver: Driver, arrivals: list[Arrival]) -> list[tuple[Arrival, Sequenc
                 arrival.prompt,
                 arrival.max_new_tokens,
                 salt=arrival.salt,
+                priority=arrival.priority,
                 prompt_logprobs=arrival.prompt_logprobs,
             )
             adapter = driver.adapters[arrival.adapter] if arrival.adapter >= 0 else None

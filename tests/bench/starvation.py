@@ -1,0 +1,79 @@
+"""A lone request beside a flood: one adapter gets 500 requests at once, another gets one."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import aiohttp
+
+from lorafleet.deploy.bench.client import TIMEOUT, Outcome, Target
+from lorafleet.deploy.bench.workload import Ask
+from lorafleet.deploy.demo.service import running_service
+from tests.bench import random_llama
+
+FLOOD, MAX_ROWS = 500, 16
+PROMPT_TOKENS, NEW_TOKENS = 64, 32
+LONE_REQUESTS = 5  # one after another, each with a prompt of its own
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    unloaded: list[float]  # seconds of each lone request
+    loaded: list[float]
+    flood: list[Outcome]
+    num_left: int  # of the flood, when the last lone request was done
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """How much longer a lone request takes beside the flood, on a random Llama in `folder`."""
+    random_llama.write(folder)
+    flags = ["--model-id", str(folder / "model"), "--adapter-root", str(folder / "adapters")]
+    flags += ["--device", "cpu", "--dtype", "float32", "--max-rows", str(MAX_ROWS)]
+    with running_service(flags) as url:
+        times = asyncio.run(_measure(url))
+    assert not any(outcome.error for outcome in times.flood), "a request of the flood failed"
+    unloaded, loaded = map(statistics.median, (times.unloaded, times.loaded))
+    return {
+        "case": "a lone request beside a flood",
+        "flood": FLOOD,
+        "rows": MAX_ROWS,
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "unloaded_seconds": times.unloaded,
+        "loaded_seconds": times.loaded,
+        "median_ratio": loaded / unloaded,
+        "worst_ratio": max(times.loaded) / unloaded,
+        "flood_seconds": max(outcome.total_seconds for outcome in times.flood),
+        "flood_left": times.num_left,
+    }
+
+
+async def _measure(url: str) -> _Times:
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=TIMEOUT, connector=connector) as session:
+        target = Target(session, url, "openai", str(url), ignore_eos=True)
+        random = Random(0)
+
+        async def lone() -> float:
+            outcome = await target.send(_ask("a1", random))
+            assert not outcome.error, outcome.error
+            return outcome.total_seconds
+
+        await target.send(_ask("a0", random))  # both adapters are on the device
+        await lone()
+        unloaded = [await lone() for _ in range(LONE_REQUESTS)]
+        tasks = [asyncio.create_task(target.send(_ask("a0", random))) for _ in range(FLOOD)]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        loaded = [await lone() for _ in range(LONE_REQUESTS)]
+        num_left = sum(not task.done() for task in tasks)
+        return _Times(unloaded, loaded, await asyncio.gather(*tasks), num_left)
+
+
+def _ask(adapter: str, random: Random) -> Ask:
+    prompt = [random.randrange(10, random_llama.VOCAB_SIZE) for _ in range(PROMPT_TOKENS)]
+    return Ask(adapter, prompt, NEW_TOKENS)
