@@ -11,6 +11,8 @@ from pathlib import Path
 
 from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.layout import ModelLayout, TargetModule
+from lorafleet.cache.packed_form import PackedForm, plan_form
+from lorafleet.cache.parts import PartSpec
 from lorafleet.cache.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfig, parse_config
 from lorafleet.cache.safetensors_file import TensorRef, read_header
 
@@ -50,6 +52,7 @@ class AdapterSpec:
     directory: Path
     states: tuple[FileState, ...]  # of config and weights when they were read
     modules: dict[str, ModuleSpec]  # by full module name
+    parts: tuple[PartSpec, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -65,6 +68,11 @@ class AdapterSpec:
     def nbytes(self) -> int:
         """Bytes of the adapter's files."""
         return sum(state.nbytes for state in self.states)
+
+    def form(self, layout: ModelLayout, itemsize: int) -> PackedForm:
+        """Where everything lies once packed, for the layout the spec was read for."""
+        ranks = {name: module.rank for name, module in self.modules.items()}
+        return plan_form(ranks, layout, itemsize, {part.name: part.shape for part in self.parts})
 
     def is_current(self) -> bool:
         """Whether the files are still those the spec was read from."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,7 @@ class DeviceTier:
         )
         self._rows: list[list[SiteRow]] = [[EMPTY_ROW] * (num_slots + 1) for _ in range(num_sites)]
         self._ranks = [0] * (num_slots + 1)
+        self._parts: list[dict[str, torch.Tensor]] = [{} for _ in range(num_slots + 1)]
         self._layout, self._num_slots = layout, num_slots
         self._copier = copier_for(device)
         self._moves: list[_Move] = []
@@ -74,6 +75,10 @@ class DeviceTier:
         for site_rows, row in zip(self._rows, rows, strict=True):
             site_rows[slot] = row
         self._ranks[slot] = max(rank for row in rows for rank in row[2::2])
+        self._parts[slot] = {
+            part.name: self.arena[part.offset : part.offset + part.num_elements].view(part.shape)
+            for part in packed.form.parts_at(start)
+        }
         # Page-locked like the buffer, by torch, which keeps it until the copy is done.
         host_rows = torch.tensor(rows, pin_memory=self.arena.device.type == "cuda")
         copy = self._copier.start(
@@ -84,6 +89,10 @@ class DeviceTier:
     def rank(self, slot: int) -> int:
         """The largest rank of a slot's adapter at any site; 0 for slot 0."""
         return self._ranks[slot]
+
+    def parts(self, slot: int) -> Mapping[str, torch.Tensor]:
+        """The parts of a slot's adapter, in the arena; none for slot 0."""
+        return self._parts[slot]
 
     def wait(self, slots: Iterable[int]) -> None:
         """Makes what is computed next see these slots' last move. Raises what broke a copy.

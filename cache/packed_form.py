@@ -1,14 +1,16 @@
 """How an adapter lies in one buffer: offsets by arithmetic alone, before a byte is allocated.
 
 Site after site: the A blocks of its targets stacked as one [sum of ranks, in_local], then each
-target's B, stored transposed as [rank, out_local]. Ranks are true ranks, never padded. Every
-block starts at a multiple of ALIGNMENT bytes, and the whole is a multiple of it.
+target's B, stored transposed as [rank, out_local]. Ranks are true ranks, never padded. After the
+sites come the adapter's parts, tensors of any shape that are found by name. Every block starts at
+a multiple of ALIGNMENT bytes, and the whole is a multiple of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 
 from lorafleet.cache.layout import MAX_SITE_TARGETS, LoraSite, ModelLayout
 
@@ -22,12 +24,27 @@ EMPTY_ROW: SiteRow = (0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A named tensor in the buffer; `offset` in elements."""
+
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the tensor, without what alignment adds."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
 class PackedForm:
-    """The buffer's size and one row per site, offsets counted from the buffer's start."""
+    """The buffer's size, one row per site, and the parts; offsets count from the buffer's start."""
 
     rows: tuple[SiteRow, ...]
     num_elements: int
     itemsize: int
+    parts: tuple[Part, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -38,14 +55,30 @@ class PackedForm:
         """The rows with the buffer lying at element `offset` of an arena."""
         return tuple(_shifted(row, offset) for row in self.rows)
 
+    def parts_at(self, offset: int) -> tuple[Part, ...]:
+        """The parts with the buffer lying at element `offset` of an arena."""
+        return tuple(replace(part, offset=part.offset + offset) for part in self.parts)
 
-def plan_form(ranks: Mapping[str, int], layout: ModelLayout, itemsize: int) -> PackedForm:
-    """Lays out modules of the given ranks, by full name, for one rank's part of the model."""
+
+def plan_form(
+    ranks: Mapping[str, int],
+    layout: ModelLayout,
+    itemsize: int,
+    parts: Mapping[str, tuple[int, ...]] | None = None,
+) -> PackedForm:
+    """Lays out modules of the given ranks, by full name, for one rank's part of the model.
+
+    `parts`: the shapes of the parts this rank holds, by name.
+    """
     rows, cursor = [], 0
     for site in layout.sites:
         row, cursor = _plan_site(site, ranks, cursor, ALIGNMENT // itemsize)
         rows.append(row)
-    return PackedForm(tuple(rows), cursor, itemsize)
+    placed = []
+    for name, shape in (parts or {}).items():
+        placed.append(Part(name, cursor, shape))
+        cursor = _align(cursor + placed[-1].num_elements, ALIGNMENT // itemsize)
+    return PackedForm(tuple(rows), cursor, itemsize, tuple(placed))
 
 
 def _plan_site(

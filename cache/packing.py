@@ -13,6 +13,7 @@ from lorafleet.cache.adapter_files import WEIGHTS_FILE, AdapterSpec, ModuleSpec,
 from lorafleet.cache.errors import AdapterUnservable, SourceUnavailable
 from lorafleet.cache.layout import ModelLayout
 from lorafleet.cache.packed_form import PackedForm
+from lorafleet.cache.parts import PartSpec
 from lorafleet.cache.safetensors_file import TensorRef
 
 _TORCH_DTYPES = {
@@ -62,6 +63,11 @@ def pack(
                     a_offset += module.rank * target.in_local
                     done += module.a.nbytes + module.b.nbytes
                     progress(done)
+        for part, placed in zip(spec.parts, packed.form.parts, strict=True):
+            block = packed.buffer[placed.offset : placed.offset + placed.num_elements]
+            _pack_part([reader.read(ref) for ref in part.refs], part, block.view(placed.shape))
+            done += sum(ref.nbytes for ref in part.refs)
+            progress(done)
     if not spec.is_current():
         raise SourceUnavailable("The adapter's files changed while they were read; try again.")
 
@@ -80,6 +86,14 @@ def _pack_b(weight: torch.Tensor, module: ModuleSpec, buffer: torch.Tensor, offs
     local = torch.cat([scaled[start:stop] for start, stop in module.target.out_ranges])
     block.copy_(local.T)
     _check_finite(weight, block, f"lora_B of {module.target.name}")
+
+
+def _pack_part(weights: list[torch.Tensor], part: PartSpec, block: torch.Tensor) -> None:
+    for weight in weights:
+        _check_finite(weight, weight, part.name)
+    built = part.build(weights)
+    block.copy_(built)
+    _check_finite(built, block, part.name)
 
 
 def _check_finite(weight: torch.Tensor, block: torch.Tensor, name: str) -> None:

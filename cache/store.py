@@ -14,7 +14,7 @@ from lorafleet.cache.errors import AdapterNotFound, AdapterUnservable, shown
 from lorafleet.cache.host_tier import HostTier
 from lorafleet.cache.key_locks import KeyLocks
 from lorafleet.cache.layout import ModelLayout
-from lorafleet.cache.packed_form import PackedForm, plan_form
+from lorafleet.cache.packed_form import PackedForm
 from lorafleet.cache.packing import PackedAdapter, pack
 from lorafleet.cache.sources.catalog import SourceConfig, open_sources
 from lorafleet.cache.sources.source import AdapterSource, Progress
@@ -129,8 +129,7 @@ class AdapterStore:
         if known is not None and (self._host.get(key) is not None or known.spec.is_current()):
             return known
         spec = read_spec(directory, self._layout)
-        ranks = {name: module.rank for name, module in spec.modules.items()}
-        adapter = _Adapter(key, spec, plan_form(ranks, self._layout, self._dtype.itemsize))
+        adapter = _Adapter(key, spec, spec.form(self._layout, self._dtype.itemsize))
         self._adapters[key] = adapter
         return adapter
 

@@ -7,7 +7,8 @@ over the ranks. LoRA is added before that sum, so an adapter costs no extra coll
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,34 @@ from lorafleet.kernels.lora.weights import SiteWeights
 from lorafleet.shard.group import Group
 
 
-@dataclass(slots=True)
-class LoraState:
-    """The step's LoRA rows, as every site reads them. Set by the decoder before each forward."""
+class SlotParts(NamedTuple):
+    """A run of tokens whose adapter has parts."""
 
-    batch: LoraBatch
+    tensors: Mapping[str, torch.Tensor]  # by name, on the device
+    start: int
+    stop: int
+
+
+class LoraState:
+    """The step's adapter rows, as every layer reads them. Set by the decoder before each forward.
+
+    `parts`: of the step's tokens, those whose adapter has more than LoRA on linear layers.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.batch = LoraBatch.none(device)
+        self.parts: tuple[SlotParts, ...] = ()
+
+    def begin(
+        self, batch: LoraBatch, parts_of: Callable[[int], Mapping[str, torch.Tensor]]
+    ) -> None:
+        """A forward over the rows of `batch` begins; `parts_of` gives a slot's parts."""
+        self.batch = batch
+        self.parts = tuple(
+            SlotParts(tensors, start, stop)
+            for slot, start, stop in batch.segments
+            if (tensors := parts_of(slot))
+        )
 
 
 class Site(nn.Module):

@@ -61,7 +61,7 @@ def load_shard(
     adapters = DeviceTier(
         memory.arena_bytes, config.max_active_adapters, decoder.layout, dtype, device
     )
-    decoder.attach_adapters(adapters.site)
+    decoder.attach_adapters(adapters)
     store = AdapterStore(config, decoder.layout, dtype, device)
     rows, pool = RowTable(config.max_batch_size, max_len, device), _kv_pool(decoder, memory)
     fast = _fast_path(config, decoder, rows, pool)

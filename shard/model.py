@@ -7,7 +7,7 @@ are then streamed from the checkpoint straight into place. A rank never holds th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
@@ -17,9 +17,9 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from lorafleet.cache.device_tier import DeviceTier
 from lorafleet.cache.layout import LoraSite, ModelLayout
 from lorafleet.kernels.lora.op import LoraBatch
-from lorafleet.kernels.lora.weights import SiteWeights
 from lorafleet.shard import attention
 from lorafleet.shard.attention import AttentionKind, PagedBatch, attention_kind
 from lorafleet.shard.checkpoint import Checkpoint
@@ -115,17 +115,19 @@ class Decoder:
         self._group = group
         self._line: FusedLayers | None = None
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self._lora = LoraState(LoraBatch.none(device))
+        self._lora = LoraState(device)
+        self._parts_of: Callable[[int], Mapping[str, torch.Tensor]] = lambda slot: {}
         model = _on_meta(self.partition.local_config(config), dtype)
         self._base: Any = model.model
         self.sites = self._swap_linears()
         self.head = self._swap_vocabulary(model)
         self.layout = ModelLayout(config.name_or_path, tuple(site.layout for site in self.sites))
 
-    def attach_adapters(self, weights: Callable[[int], SiteWeights]) -> None:
-        """Gives every site its adapters' weights: `weights(i)` for site i of the layout."""
+    def attach_adapters(self, adapters: DeviceTier) -> None:
+        """Gives every site its adapters' weights, and every forward their parts."""
+        self._parts_of = adapters.parts
         for index, site in enumerate(self.sites):
-            site.attach(self._lora, weights(index))
+            site.attach(self._lora, adapters.site(index))
 
     @torch.inference_mode()
     def forward(
@@ -136,7 +138,7 @@ class Decoder:
         lora: LoraBatch,
     ) -> torch.Tensor:
         """Hidden states [num_tokens, hidden] of a step's tokens; ids and positions [num_tokens]."""
-        self._lora.batch = lora
+        self._lora.begin(lora, self._parts_of)
         if self._line is not None:
             embedded = self._base.embed_tokens(token_ids.unsqueeze(0))[0]
             return self._line.forward(embedded, positions, paged)

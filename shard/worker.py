@@ -145,7 +145,9 @@ class Worker:
     def _compute(self, plan: StepPlan, launched: Launched) -> None:
         self._adapters.wait({slot for slot in plan.slots if slot})
         graphs = self._fast.graphs
-        if graphs is not None and not plan.num_prefills and graphs.fits(len(plan.rows)):
+        # A captured graph holds the sites' work and nothing of parts.
+        is_plain = not plan.num_prefills and not any(map(self._adapters.parts, plan.slots))
+        if graphs is not None and is_plain and graphs.fits(len(plan.rows)):
             self._replay(plan, graphs, launched)
             return
         batch = build_batch(

@@ -17,7 +17,6 @@ from lorafleet.cache.adapter_files import digest_files, read_spec
 from lorafleet.cache.errors import AdapterFault
 from lorafleet.cache.host_memory import allocate
 from lorafleet.cache.layout import ModelLayout
-from lorafleet.cache.packed_form import plan_form
 from lorafleet.cache.packing import pack
 from lorafleet.deploy.adapters.verdict import Verdict
 from lorafleet.shard.group import Group
@@ -37,8 +36,7 @@ def check_folders(
 def _check(path: str, layouts: list[ModelLayout], dtype: torch.dtype) -> Verdict:
     try:
         spec = read_spec(Path(path), layouts[0])
-        ranks = {name: module.rank for name, module in spec.modules.items()}
-        forms = [plan_form(ranks, layout, dtype.itemsize) for layout in layouts]
+        forms = [spec.form(layout, dtype.itemsize) for layout in layouts]
         for layout, form in zip(layouts, forms, strict=True):
             pack(read_spec(Path(path), layout), layout, allocate(form, dtype, False), _ignore)
         return Verdict(

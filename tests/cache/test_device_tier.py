@@ -41,6 +41,25 @@ def drain(tier: DeviceTier, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_slots_parts_are_read_in_the_arena_and_go_with_it(device: str) -> None:
+    tier = open_tier(device)
+    form = plan_form({Q0: 2}, tiny_layout(), 4, {"extra": (3, 5)})
+    packed = allocate(form, torch.float32, pin=device == "cuda")
+    packed.buffer.copy_(torch.arange(packed.buffer.numel()))
+    with torch.inference_mode():
+        tier.begin_move(packed, 2, 512)
+        tier.wait({2})
+        found = tier.parts(2)["extra"].cpu()
+    start = form.parts[0].offset
+    assert torch.equal(found, torch.arange(start, start + 15).view(3, 5).float())
+    assert not tier.parts(0)
+    with torch.inference_mode():
+        tier.begin_move(adapter(device, 1.0), 2, 512)
+        tier.wait({2})
+    assert not tier.parts(2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_move_brings_bytes_and_rows(device: str) -> None:
     tier = open_tier(device)
     first, second = adapter(device, 1.0), adapter(device, 2.0, {O1: 7})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from lorafleet.cache.errors import AdapterUnservable, SourceUnavailable
 from lorafleet.cache.host_memory import allocate
 from lorafleet.cache.packed_form import ALIGNMENT, EMPTY_ROW, plan_form
 from lorafleet.cache.packing import PackedAdapter, pack
+from lorafleet.cache.parts import PartSpec
 from tests.cache.adapter_cases import LAYERS, config_of, tensors_of, tiny_layout, write_adapter
 
 Q0, K0 = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
@@ -22,8 +25,7 @@ def pack_directory(
 ) -> PackedAdapter:
     layout = tiny_layout(rank, world)
     spec = read_spec(directory, layout)
-    ranks = {name: module.rank for name, module in spec.modules.items()}
-    packed = allocate(plan_form(ranks, layout, dtype.itemsize), dtype, pin=False)
+    packed = allocate(spec.form(layout, dtype.itemsize), dtype, pin=False)
     pack(spec, layout, packed, lambda done: None)
     return packed
 
@@ -43,6 +45,35 @@ def test_rows_move_with_the_buffer() -> None:
     rows = form.rows_at(1280)
     assert rows[0] == (1280, 8, 3, 1280 + 256, 5, 1280 + 384, 0, 0)
     assert rows[1] == EMPTY_ROW
+
+
+def with_part(
+    directory: Path, build: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+) -> PackedAdapter:
+    """An adapter packed with a part [2, 3] made of its first module's A and B."""
+    layout = tiny_layout()
+    spec = read_spec(write_adapter(directory), layout)
+    module = spec.modules[Q0]
+    spec = replace(spec, parts=(PartSpec("extra", (2, 3), (module.a, module.b), build),))
+    packed = allocate(spec.form(layout, 4), torch.float32, pin=False)
+    pack(spec, layout, packed, lambda done: None)
+    return packed
+
+
+def test_a_part_is_built_of_whole_tensors_and_lies_behind_the_sites(tmp_path: Path) -> None:
+    packed = with_part(tmp_path, lambda weights: weights[0][:2, :3] + weights[1][:2, :3].double())
+    a, b = (tensors_of()[f"base_model.model.{Q0}.lora_{side}.weight"] for side in "AB")
+    (part,) = packed.form.parts
+    assert part.offset * 4 % ALIGNMENT == 0
+    assert part.offset + 64 == packed.form.num_elements
+    found = packed.buffer[part.offset : part.offset + 6].view(2, 3)
+    torch.testing.assert_close(found, a[:2, :3] + b[:2, :3])
+    assert packed.form.parts_at(64)[0].offset == part.offset + 64
+
+
+def test_a_part_that_comes_out_not_finite_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterUnservable, match="extra holds values that are not finite"):
+        with_part(tmp_path, lambda weights: weights[0][:2, :3] / 0)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +148,6 @@ def test_files_that_change_after_their_header_was_read(tmp_path: Path, change: s
         path.unlink()
         if change == "replace":
             write_adapter(tmp_path, tensors=tensors_of(seed=1))
-    ranks = {name: module.rank for name, module in spec.modules.items()}
-    packed = allocate(plan_form(ranks, layout, 4), torch.float32, pin=False)
+    packed = allocate(spec.form(layout, 4), torch.float32, pin=False)
     with pytest.raises((SourceUnavailable, AdapterUnservable)):
         pack(spec, layout, packed, lambda done: None)

@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorafleet.cache.adapter_files import read_spec
 from lorafleet.cache.device_tier import DeviceTier
 from lorafleet.cache.host_memory import allocate
-from lorafleet.cache.packed_form import plan_form
 from lorafleet.cache.packing import PackedAdapter, pack
 from lorafleet.kernels.lora.op import LoraBatch, lora_add_
 from tests.cache.adapter_cases import (
@@ -96,8 +95,7 @@ def load_peft(directory: Path, index: int) -> dict[str, LoraLayer]:
 def packed(directory: Path, rank: int, world: int) -> PackedAdapter:
     layout = tiny_layout(rank, world)
     spec = read_spec(directory, layout)
-    ranks = {name: module.rank for name, module in spec.modules.items()}
-    adapter = allocate(plan_form(ranks, layout, 4), torch.float32, pin=False)
+    adapter = allocate(spec.form(layout, 4), torch.float32, pin=False)
     pack(spec, layout, adapter, lambda done: None)
     return adapter
 

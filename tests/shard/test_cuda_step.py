@@ -47,7 +47,7 @@ def build(directory: Path, adapters: Path, with_graphs: bool) -> Worker:
         decoder.config.num_hidden_layers, 64, part.local_kv_heads, part.head_dim, DTYPE, device
     )
     tier = DeviceTier(8 << 20, len(RECIPES), decoder.layout, DTYPE, device)
-    decoder.attach_adapters(tier.site)
+    decoder.attach_adapters(tier)
     offset = 0
     for slot, recipe in enumerate(RECIPES, start=1):
         spec = read_spec(adapters / recipe.name, decoder.layout)

@@ -62,7 +62,7 @@ class Engine:
             shape.layers, num_pages, shape.kv_heads, shape.head_dim, torch.bfloat16, DEVICE
         )
         tier = DeviceTier(arena_bytes, num_slots, decoder.layout, torch.bfloat16, DEVICE)
-        decoder.attach_adapters(tier.site)
+        decoder.attach_adapters(tier)
         attention = None
         if FlashAttention.supports(decoder.dtype, DEVICE, shape.head_dim):
             attention = FlashAttention(pool, decoder.attention_kinds, shape.heads)
