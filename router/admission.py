@@ -85,15 +85,16 @@ class Admission:
         first = self._overtakes.exhausted()
         if first is not None:
             self._consider(first, scan)
+        num_prompts = sum(sequence.is_prefilling for sequence in self._running)
         for sequence in self._turns.order(now):
-            if sequence is first:
-                continue
             if sequence.is_running:
-                if step.budget:
+                num_prompts -= 1
+                if step.budget and sequence is not first:
                     self._compute(sequence, step, [])
             elif scan.lookahead > 0 and not self._is_shut():
-                self._consider(sequence, scan)
-            elif not step.budget:
+                if sequence is not first:
+                    self._consider(sequence, scan)
+            elif not (num_prompts > 0 and step.budget):
                 return
 
     def _is_shut(self) -> bool:

@@ -29,7 +29,8 @@ class Shares:
 
     def round_of(self, adapter: Adapter | None) -> int:
         """The round the adapter's queue has its next turn in."""
-        return max(self._round, self._spent.get(adapter, 0) // self._quantum)
+        spent = self._spent.get(adapter)
+        return self._round if spent is None else max(self._round, spent // self._quantum)
 
     def charge(self, adapter: Adapter | None, num_tokens: int) -> None:
         """Tokens were computed for an adapter."""

@@ -38,7 +38,7 @@ class Turns:
         If the caller takes the head it was given out of its line, the next one gets its turn;
         otherwise the rest of that line is passed over.
         """
-        best = min((line.priority for line in self._waiting.lines), default=0)
+        best = min([line.priority for line in self._waiting.lines], default=0)
         candidates = [(best, prompts) for prompts in self._prompts().values()]
         candidates += [
             (self._level(line, best, now), line.sequences) for line in self._waiting.lines

@@ -2,7 +2,7 @@
 
 peft: a random 34 M Llama, 8 adapters, one shard, against transformers + peft. demo: the same with
 the demo model and two shards. router: the router over a fake shard. profile: where its time goes.
-starvation: a lone request beside 500 for another adapter.
+starvation: a lone request beside 500 for another adapter. arena: the device arena under churn.
 Each prints one JSON line.
 """
 
@@ -18,14 +18,14 @@ from rich.console import Console
 from lorafleet.deploy.bench.report import commit
 from lorafleet.deploy.demo.build import DEFAULT_DIR, build
 from lorafleet.deploy.demo.recipe import ADAPTERS
-from tests.bench import random_llama, router_alone, starvation
+from tests.bench import arena_churn, random_llama, router_alone, starvation
 from tests.bench.versus_peft import Case, compare
 
 
 def main() -> None:
     """Runs the benchmarks that are named, the first three without names."""
     parser = ArgumentParser("python -m tests.bench", description=__doc__)
-    known = ("peft", "demo", "router", "profile", "starvation")
+    known = ("peft", "demo", "router", "profile", "starvation", "arena")
     parser.add_argument("names", nargs="*", choices=[*known, []], default=list(known[:3]))
     for name in parser.parse_args().names:
         if name == "profile":
@@ -36,6 +36,7 @@ def main() -> None:
                 "demo": _demo,
                 "router": router_alone.measure,
                 "starvation": _starvation,
+                "arena": arena_churn.measure,
             }[name]()
             print(json.dumps(numbers | {"commit": commit()}))
 

@@ -23,17 +23,16 @@ LONE_REQUESTS = 5  # one after another, each with a prompt of its own
 
 @dataclass(frozen=True, slots=True)
 class _Times:
-    unloaded: list[float]  # seconds of each lone request
+    unloaded: list[float]  # seconds of each lone request, before and after the flood
     loaded: list[float]
-    flood: list[Outcome]
-    num_left: int  # of the flood, when the last lone request was done
+    flood: list[Outcome]  # done before the last lone request was
 
 
 def measure(folder: Path) -> dict[str, Any]:
     """How much longer a lone request takes beside the flood, on a random Llama in `folder`."""
     random_llama.write(folder)
     flags = ["--model-id", str(folder / "model"), "--adapter-root", str(folder / "adapters")]
-    flags += ["--device", "cpu", "--dtype", "float32", "--max-rows", str(MAX_ROWS)]
+    flags += ["--device", "cpu", "--dtype", "float32", "--max-batch-size", str(MAX_ROWS)]
     with running_service(flags) as url:
         times = asyncio.run(_measure(url))
     assert not any(outcome.error for outcome in times.flood), "a request of the flood failed"
@@ -48,8 +47,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "loaded_seconds": times.loaded,
         "median_ratio": loaded / unloaded,
         "worst_ratio": max(times.loaded) / unloaded,
-        "flood_seconds": max(outcome.total_seconds for outcome in times.flood),
-        "flood_left": times.num_left,
+        "flood_done": len(times.flood),
     }
 
 
@@ -70,8 +68,13 @@ async def _measure(url: str) -> _Times:
         tasks = [asyncio.create_task(target.send(_ask("a0", random))) for _ in range(FLOOD)]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         loaded = [await lone() for _ in range(LONE_REQUESTS)]
-        num_left = sum(not task.done() for task in tasks)
-        return _Times(unloaded, loaded, await asyncio.gather(*tasks), num_left)
+        done = [task.result() for task in tasks if task.done()]
+        assert len(done) < FLOOD - MAX_ROWS, "the flood was over before the lone requests"
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        unloaded += [await lone() for _ in range(LONE_REQUESTS)]
+        return _Times(unloaded, loaded, done)
 
 
 def _ask(adapter: str, random: Random) -> Ask:

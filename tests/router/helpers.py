@@ -32,10 +32,12 @@ def make_info(**sizes: Any) -> ShardInfo:
     return replace(FakeConfig().info(), **(defaults | sizes))
 
 
-def make_adapter(name: str, units: int = 1) -> Adapter:
-    """An adapter of `units` arena units, in host memory."""
+def make_adapter(name: str, units: int = 1, piece_units: int = 0) -> Adapter:
+    """An adapter of `units` arena units, in host memory; `piece_units` 0 = all of one piece."""
     key = AdapterKey("local", name)
-    info = AdapterInfo(key, f"digest of {name}", 8, units * UNIT, 0, ["q_proj"], Tier.HOST)
+    info = AdapterInfo(
+        key, f"digest of {name}", 8, units * UNIT, 0, ["q_proj"], Tier.HOST, piece_units * UNIT
+    )
     adapter = Adapter(info, on_unpinned=lambda: None)
     adapter.in_host = True
     return adapter

@@ -15,6 +15,7 @@ from tests.fake_model import EOS_ID, FakeModel
 from tests.router.helpers import UNIT, Driver, make_adapter, make_info, make_request
 
 ADAPTER_UNITS = [1, 1, 2, 3, 5, 8]
+PIECE_UNITS = [0, 1, 1, 2, 1, 3]  # of the largest piece, 0 = all
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,10 @@ def test_every_sequence_gets_its_own_tokens_and_leaves_nothing(
         num_slots=num_slots,
         arena_bytes=arena_units * UNIT + 100,
     )
-    adapters = [make_adapter(f"adapter-{i}", units) for i, units in enumerate(ADAPTER_UNITS)]
+    adapters = [
+        make_adapter(f"adapter-{i}", units, piece)
+        for i, (units, piece) in enumerate(zip(ADAPTER_UNITS, PIECE_UNITS, strict=True))
+    ]
     driver = Driver(
         info,
         SchedulerLimits(
