@@ -130,10 +130,10 @@ __global__ void __launch_bounds__(32 * kWarps)
 // The same for a product whose update comes in tiles: heads of 8 to 128 elements, a power of two.
 // grid (tiles of 128 outputs, token tiles); a lane's 8 outputs lie in one head.
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 4)
+__global__ void __launch_bounds__(kTileThreads, 6)
     rotary_tiles_kernel(T* query, const T* qkv, Pool<T> pool, Tables<T> tables, Heads heads,
                         Pending pending) {
-  __shared__ __align__(16) TileOuts<T> update;
+  __shared__ __align__(16) TileOuts<T> tile;
   let_next_begin();
   wait_for_inputs();
   const TileTokens tokens(pending, blockIdx.y);
@@ -146,9 +146,11 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   const int start = skipped * heads.dim + at;
   const Half<T> halves[2] = {half_at<T>(pending.site, row, start, columns),
                              half_at<T>(pending.site, row, start + kHalfOuts, columns - kHalfOuts)};
-  expand_tile(update, halves, pending, tokens);
-  const int c = threadIdx.x % 16 * kWide;
   const int64_t width = (heads.num + 2 * heads.num_kv) * heads.dim;
+  const T* products = qkv + tokens.first * width + start;
+  fetch_products(tile, halves, {products, products + kHalfOuts}, width, tokens.count);
+  expand_tile(tile, halves, pending, tokens);
+  const int c = threadIdx.x % 16 * kWide;
 #pragma unroll 2
   for (int i = 0; i < 8; ++i) {
     const int t = threadIdx.x / 32 * 16 + 2 * i + threadIdx.x % 32 / 16;
@@ -156,7 +158,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
     const Place place{part, 0, (at + c) / heads.dim, (at + c) % heads.dim,
                       t < tokens.count && c < columns};
     Vec<T> x{};
-    if (place.valid) x = finished(qkv + token * width + start + c, &update[t][c]);
+    if (place.valid) x = Vec<T>::load(&tile[t][c]);
     finish(x, query, pool, tables, heads, place, token, pool.locations[token]);
   }
 }

@@ -8,7 +8,7 @@ template <typename T>
 __device__ Vec<T> silu_times(Vec<T> gate, const Vec<T>& up) {
 #pragma unroll
   for (int j = 0; j < kWide; ++j)
-    gate.x[j] = rounded<T>(gate.x[j] / (1.f + __expf(-gate.x[j]))) * up.x[j];
+    gate.x[j] = rounded<T>(__fdividef(gate.x[j], 1.f + __expf(-gate.x[j]))) * up.x[j];
   return gate;
 }
 
@@ -25,18 +25,23 @@ __global__ void silu_mul_kernel(T* out, const T* gate_up, int width) {
 }
 
 // The same with the LoRA part of gate_up still to be added, for rows of few tokens. A block has 8
-// tokens and 128 outputs of gate and of up, a warp 64 of either: its B comes through stages of its
+// tokens and 256 outputs of gate and of up, a warp 128 of either: its B comes through stages of its
 // own in shared memory, the first of them while the product is still computed. Every slot of the 8
 // tokens takes part in turn; for it the others' h counts as zero.
-constexpr int kStages = 4;
+// Two blocks find room on a multiprocessor beside one of the product: that bounds their registers,
+// and makes the tile wide, since blocks that have to wait for room are late with all they read.
+constexpr int kStages = 3;
 constexpr int kTileRanks = 16;
-constexpr int kHalf = 128;  // outputs of gate, and of up
+constexpr int kHalf = 256;  // outputs of gate, and of up
 constexpr int kWarps = 4;
 constexpr int kHalfWarp = kHalf / 2;  // outputs of a warp
-constexpr int kBoxBytes = kTileRanks * 128;  // 16 ranks of a warp's 64 outputs
+constexpr int kBoxBytes = kTileRanks * 128;  // 16 ranks of 64 outputs
+constexpr int kBoxes = kHalfWarp / 64;  // of a warp
+constexpr int kPieces = kHalf / kHalfWarp;  // of 8 outputs that a thread ends with
 constexpr int kSumWidth = 2 * kHalf + 4;  // one more bank for each token
-constexpr int kStageBytes = kStages * kWarps * kBoxBytes;
-static_assert(kGroup * kSumWidth * sizeof(float) <= kStageBytes, "sums take the stages' place");
+constexpr int kStageBytes = kWarps * kBoxes * kBoxBytes;
+constexpr int kStagesBytes = kStages * kStageBytes;
+static_assert(kGroup * kSumWidth * sizeof(float) <= kStagesBytes, "sums take the stages' place");
 
 // What is left of a warp's way through the group: the lanes of the slots to come, the ranks done.
 struct Cursor {
@@ -78,33 +83,47 @@ template <typename T>
 __device__ void sum_h(T* h, const Pending& pending, const int (*ranks)[kGroup],
                       const int (*starts)[kGroup], int first_token, int max_rank) {
   const int64_t split_stride = static_cast<int64_t>(pending.num_tokens) * pending.capacity;
-  for (int i = threadIdx.x; i < kGroup * 2 * max_rank; i += blockDim.x) {
-    const int r = i % max_rank, part = i / max_rank % 2, place = i / max_rank / 2;
-    float sum = 0.f;
-    if (r < ranks[part][place]) {
-      const float* at = pending.partial + starts[part][place] + r +
-                        static_cast<int64_t>(first_token + place) * pending.capacity;
-#pragma unroll 8
-      for (int s = 0; s < pending.splits; ++s) sum += at[s * split_stride];
+  // A warp has 8 tokens' sums of 4 ranks: 2 values a lane at once.
+  const int warp = threadIdx.x / 32, place = threadIdx.x % 32 / 4;
+  const float* token = pending.partial +
+                       static_cast<int64_t>(first_token + place) * pending.capacity;
+  for (int r = 4 * warp + threadIdx.x % 4; r < max_rank; r += 4 * kWarps) {
+    float sums[2];
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const int splits = r < ranks[part][place] ? pending.splits : 0;
+      sums[part] = sum_splits<8, 1>(token + starts[part][place] + r, split_stride, 0, splits);
     }
-    h[i] = Pair<T>::round(sum);
+    h[place * 2 * max_rank + r] = Pair<T>::round(sums[0]);
+    h[(place * 2 + 1) * max_rank + r] = Pair<T>::round(sums[1]);
   }
 }
 
-// grid (tiles of 128 outputs, groups of 8 tokens). Dynamic shared memory: the stages, then h.
+// Eight outputs of the product and what is added, rounded as a finished product is.
 template <typename T>
-__global__ void __launch_bounds__(32 * kWarps)
+__device__ Vec<T> sum_of(const uint4& product, const float* added) {
+  const float4 low = *reinterpret_cast<const float4*>(added);
+  const float4 high = *reinterpret_cast<const float4*>(added + 4);
+  const float all[kWide] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  Vec<T> sum = Vec<T>::unpack(product).plus(all);
+  sum.round();
+  return sum;
+}
+
+// grid (tiles of 256 outputs, groups of 8 tokens). Dynamic shared memory: the stages, then h.
+template <typename T>
+__global__ void __launch_bounds__(32 * kWarps, 6)
     silu_mul_pending_kernel(T* out, const T* gate_up, int width, Pending pending, int max_rank) {
   extern __shared__ __align__(128) unsigned char bytes[];
   __shared__ int ranks[2][kGroup], starts[2][kGroup];
   let_next_begin();
-  T* h = reinterpret_cast<T*>(bytes + kStageBytes);
+  T* h = reinterpret_cast<T*>(bytes + kStagesBytes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
   const int is_up = warp / 2, first_token = blockIdx.y * kGroup;
   const int column = blockIdx.x * kHalf + warp % 2 * kHalfWarp, columns = width - column;
   const GroupLane<T> mine(pending, first_token, columns > 0 ? column + is_up * width : -1);
   if (warp % 2 == 0 && lane < kGroup) ranks[is_up][lane] = mine.rank, starts[is_up][lane] = mine.h_start;
-  const uint32_t boxes = shared_address(bytes) + warp * kBoxBytes;
+  const uint32_t boxes = shared_address(bytes) + warp * kBoxes * kBoxBytes;
   const auto start = [&](const Cursor& at, int stage) {
     const int from = at.left ? at.lane() : 0;
     const T* b = reinterpret_cast<const T*>(
@@ -113,11 +132,12 @@ __global__ void __launch_bounds__(32 * kWarps)
     const int64_t stride = __shfl_sync(kFullWarp, mine.width, from);
     if (at.left) {
 #pragma unroll
-      for (int i = 0; i < kTileRanks / 4; ++i) {
-        const int r = 4 * i + lane / 8, piece = lane % 8;
-        const bool valid = at.r0 + r < rank && piece * kWide < columns;
-        copy_async(boxes + stage * kWarps * kBoxBytes + swizzled(r, piece),
-                   b + (at.r0 + r) * stride + piece * kWide, valid);
+      for (int i = 0; i < kTileRanks * kBoxes / 4; ++i) {
+        const int r = i / kBoxes * 4 + lane / 8, piece = lane % 8, box = i % kBoxes;
+        const int output = box * 64 + piece * kWide;
+        const bool valid = at.r0 + r < rank && output < columns;
+        copy_async(boxes + stage * kStageBytes + box * kBoxBytes + swizzled(r, piece),
+                   b + (at.r0 + r) * stride + output, valid);
       }
     }
     asm volatile("cp.async.commit_group;");
@@ -134,10 +154,14 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int place = threadIdx.x / 16, piece = threadIdx.x % 16 * kWide;
   const int64_t token = first_token + place;
   const int at = blockIdx.x * kHalf + piece;
-  const bool stores = token < pending.num_tokens && at < width;
   const T* product = gate_up + token * 2 * width + at;
-  const Vec<T> gate = stores ? Vec<T>::load(product) : Vec<T>{};
-  const Vec<T> up = stores ? Vec<T>::load(product + width) : Vec<T>{};
+  uint4 gates[kPieces], ups[kPieces];
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const bool is_there = token < pending.num_tokens && at + i * kHalfWarp < width;
+    gates[i] = is_there ? load16(product + i * kHalfWarp) : make_uint4(0, 0, 0, 0);
+    ups[i] = is_there ? load16(product + width + i * kHalfWarp) : make_uint4(0, 0, 0, 0);
+  }
   sum_h(h, pending, ranks, starts, first_token, max_rank);
   __syncthreads();
 
@@ -155,8 +179,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 #pragma unroll
     for (int m = 0; m < kHalfWarp / 16; ++m) {
       uint32_t b[4];
-      load_transposed(b, boxes + stage * kWarps * kBoxBytes +
-                             swizzled(lane / 16 * 8 + lane % 8, 2 * m + lane / 8 % 2));
+      load_transposed(b, boxes + stage * kStageBytes + m / 4 * kBoxBytes +
+                             swizzled(lane / 16 * 8 + lane % 8, 2 * (m % 4) + lane / 8 % 2));
       mma<T>(d[m], b[0], b[1], b[2], b[3], low, high);
     }
     now.advance(__shfl_sync(kFullWarp, mine.rank, now.lane()));
@@ -172,24 +196,19 @@ __global__ void __launch_bounds__(32 * kWarps)
           d[m][i];
   }
   __syncthreads();
-  if (!stores) return;
-  float added[2][kWide];
 #pragma unroll
-  for (int j = 0; j < kWide; ++j) {
-    added[0][j] = sums[place * kSumWidth + piece + j];
-    added[1][j] = sums[place * kSumWidth + kHalf + piece + j];
+  for (int i = 0; i < kPieces; ++i) {
+    if (token >= pending.num_tokens || at + i * kHalfWarp >= width) continue;
+    const float* added = sums + place * kSumWidth + i * kHalfWarp + piece;
+    silu_times(sum_of<T>(gates[i], added), sum_of<T>(ups[i], added + kHalf)).store(out + token * width + at + i * kHalfWarp);
   }
-  Vec<T> whole_gate = gate.plus(added[0]), whole_up = up.plus(added[1]);
-  whole_gate.round();
-  whole_up.round();
-  silu_times(whole_gate, whole_up).store(out + token * width + at);
 }
 
 // The same for tiles. grid (tiles of 64 outputs, token tiles).
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 5)
+__global__ void __launch_bounds__(kTileThreads, 8)
     silu_mul_tiles_kernel(T* out, const T* gate_up, int width, Pending pending) {
-  __shared__ __align__(16) TileOuts<T> update;  // of gate, then of up
+  __shared__ __align__(16) TileOuts<T> tile;  // of gate, then of up
   let_next_begin();
   wait_for_inputs();
   const TileTokens tokens(pending, blockIdx.y);
@@ -197,16 +216,16 @@ __global__ void __launch_bounds__(kTileThreads, 5)
   const int start = blockIdx.x * kHalfOuts, columns = width - start;
   const Half<T> halves[2] = {half_at<T>(pending.site, row, start, columns),
                              half_at<T>(pending.site, row, width + start, columns)};
-  expand_tile(update, halves, pending, tokens);
+  const T* gate = gate_up + static_cast<int64_t>(tokens.first) * 2 * width + start;
+  fetch_products(tile, halves, {gate, gate + width}, 2 * width, tokens.count);
+  expand_tile(tile, halves, pending, tokens);
 #pragma unroll
   for (int i = threadIdx.x % 32; i < 16 * kHalfOuts / kWide; i += 32) {
     const int t = threadIdx.x / 32 * 16 + i / (kHalfOuts / kWide);
     const int c = i % (kHalfOuts / kWide) * kWide;
     if (t >= tokens.count || c >= columns) continue;
-    const int64_t token = tokens.first + t;
-    const T* gate = gate_up + token * 2 * width + start + c;
-    silu_times(finished(gate, &update[t][c]), finished(gate + width, &update[t][kHalfOuts + c]))
-        .store(out + token * width + start + c);
+    silu_times(Vec<T>::load(&tile[t][c]), Vec<T>::load(&tile[t][kHalfOuts + c]))
+        .store(out + static_cast<int64_t>(tokens.first + t) * width + start + c);
   }
 }
 
@@ -220,7 +239,7 @@ int silu_mul_pending(T* out, const T* gate_up, int rows, int width, const Pendin
   }
   const int targets = pending.site.outs[1] == 0 ? 1 : 2;
   const int max_rank = (pending.capacity / targets + kTileRanks - 1) / kTileRanks * kTileRanks;
-  const int bytes = kStageBytes + kGroup * 2 * max_rank * static_cast<int>(sizeof(T));
+  const int bytes = kStagesBytes + kGroup * 2 * max_rank * static_cast<int>(sizeof(T));
   static const cudaError_t allowed = cudaFuncSetAttribute(
       silu_mul_pending_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, 96 << 10);
   if (allowed != cudaSuccess) return allowed;

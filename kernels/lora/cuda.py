@@ -27,6 +27,7 @@ from lorafleet.kernels.linear import cuda as stream
 from lorafleet.kernels.lora.weights import SiteWeights
 
 TILE_TOKENS = 64
+MAX_SITE_TARGETS = 3
 _RANK_TILE = 16  # ranks of one shrink item
 _PIECE = 8  # elements in 16 bytes
 _MIN_SPLIT = 512  # features of x that an item reads at least
@@ -161,17 +162,24 @@ def shrink_tiles(
     site: SiteWeights,
     row_slots: torch.Tensor,
     tiles: torch.Tensor,
+    arrived: torch.Tensor,
     max_rank: int,
 ) -> ShrunkTiles:
-    """Prefill form, first half; the tiles cover every token."""
+    """Prefill form, first half; the tiles cover every token.
+
+    `arrived`: as `counters_for` makes it; zero again when the operation ends.
+    """
     num_tokens = len(x)
     capacity = -(-max_rank * len(site.out_splits) // _PIECE) * _PIECE
-    splits = _splits(len(tiles) * -(-capacity // TILE_TOKENS), site.in_features)
+    items = len(tiles) * -(-capacity // TILE_TOKENS)
+    splits = max(1, min(site.in_features // _MIN_SPLIT, _WAVE_ITEMS // items))
     partial = x.new_empty(splits, num_tokens, capacity, dtype=torch.float32)
     shrunk = ShrunkTiles(x.new_empty(num_tokens, capacity), tiles, max_rank)
     work = pending_arguments(shrunk, site, row_slots)
     work.splits = splits
-    _entry_shrink_tiles()(_is_half(x), x.data_ptr(), partial.data_ptr(), byref(work), _stream())
+    _entry_shrink_tiles()(
+        _is_half(x), x.data_ptr(), partial.data_ptr(), arrived.data_ptr(), byref(work), _stream()
+    )
     return shrunk
 
 
@@ -195,6 +203,12 @@ def tiles_of(segments: Sequence[tuple[int, int, int]], num_tokens: int) -> torch
         for first in range(start, stop, TILE_TOKENS)
     ]
     return torch.tensor(cut, dtype=torch.int32)
+
+
+def counters_for(tiles: torch.Tensor, max_rank: int) -> torch.Tensor:
+    """Zeros, one for each piece of work of `shrink_tiles` at any site."""
+    rank_tiles = -(-(MAX_SITE_TARGETS * max_rank + _PIECE) // TILE_TOKENS)
+    return torch.zeros(len(tiles) * rank_tiles, dtype=torch.int32, device=tiles.device)
 
 
 def _splits(num_items: int, in_features: int) -> int:
@@ -233,7 +247,7 @@ def _entry_expand() -> Callable[..., None]:
 
 @cache
 def _entry_shrink_tiles() -> Callable[..., None]:
-    return bind("lorafleet_lora_shrink_tiles", c_int, *[c_void_p] * 4)
+    return bind("lorafleet_lora_shrink_tiles", c_int, *[c_void_p] * 5)
 
 
 @cache

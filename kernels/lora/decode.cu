@@ -143,10 +143,10 @@ __global__ void __launch_bounds__(32 * kAloneWarps, 8)
   wait_for_inputs();
   if (!adds) return;
   T* target = y + static_cast<int64_t>(token) * y_width + tile.y_start + out;
-  const Vec<T> before = inside ? Vec<T>::load(target) : Vec<T>{};
+  const uint4 before = inside ? load16(target) : make_uint4(0, 0, 0, 0);
   float acc[kWide] = {};
   expand_warp(acc, pending, part, token, out, inside);
-  if (inside) before.plus(acc).store(target);
+  if (inside) Vec<T>::unpack(before).plus(acc).store(target);
 }
 
 template <typename T>

@@ -91,6 +91,11 @@ class LoraBatch:
         return tiles.to(self.row_slots.device, non_blocking=True)
 
     @cached_property
+    def arrived(self) -> torch.Tensor:
+        """Counters for the shrink of `tiles`."""
+        return cuda.counters_for(self.tiles, self.max_rank)
+
+    @cached_property
     def tail(self) -> int:
         """The token from which on segments are short enough to be computed side by side."""
         starts = [start for _, start, stop in self.segments if stop - start > _MAX_GRID_ROWS]
@@ -154,7 +159,7 @@ def lora_product(
         return y, None
     slots, max_rank = batch.row_slots, batch.max_rank
     if not batch.is_decode:
-        tiled = cuda.shrink_tiles(x, site, slots, batch.tiles, max_rank)
+        tiled = cuda.shrink_tiles(x, site, slots, batch.tiles, batch.arrived, max_rank)
         return linear(x, weight, bias), Pending(tiled, site, slots)
     if stream.supports(x, weight):
         y, shrunk = cuda.shrink_with_linear(x, weight, bias, site, slots, max_rank)
@@ -176,7 +181,9 @@ def lora_add_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBa
         shrunk = cuda.shrink(x, site, batch.row_slots, batch.max_rank)
         cuda.expand_(y, shrunk, site, batch.row_slots)
     else:
-        tiled = cuda.shrink_tiles(x, site, batch.row_slots, batch.tiles, batch.max_rank)
+        tiled = cuda.shrink_tiles(
+            x, site, batch.row_slots, batch.tiles, batch.arrived, batch.max_rank
+        )
         cuda.expand_tiles_(y, tiled, site, batch.row_slots)
 
 

@@ -1,6 +1,6 @@
 // LoRA for long segments, on tensor cores: contract in cuda.py. Shrink writes float32 partial sums of
-// x @ A^T, reduce sums and rounds them; expand multiplies by B and adds to y, unless the operation
-// that reads y next does.
+// x @ A^T and rounds their sum; expand multiplies by B and adds to y, unless the operation that reads
+// y next does.
 #include "tile.cuh"
 
 namespace lorafleet {
@@ -10,11 +10,29 @@ constexpr int kTileRanks = 64;
 constexpr int kShrinkStages = 4;
 constexpr int kBoxBytes = 64 * 128;  // 64 rows of 64 columns
 
-// grid (rank tiles of 64, token tiles, splits); 4 warps of 16 tokens each.
+// Whether this block is the last of `count` to come here; what the others wrote before is visible to
+// it then. The counter is zero again afterwards.
+__device__ bool comes_last(int* arrived, int count) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(arrived, 1) == count - 1;
+    if (last) *arrived = 0;
+  }
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+// h [num_tokens, capacity] = round(x @ A^T), the ranks that each tile's slot has, an even number with
+// what may come after them; capacity is a multiple of 8. The last of a
+// tile's splits over k sums them, in order. grid (rank tiles of 64, token tiles, splits); 4 warps of
+// 16 tokens each.
 template <typename T>
-__global__ void __launch_bounds__(128)
-    shrink_prefill_kernel(float* partial, const T* x, Site site, const int* tiles, int num_tokens,
-                          int capacity) {
+__global__ void __launch_bounds__(128, 3)
+    shrink_prefill_kernel(T* h, float* partial, int* arrived, const T* x, Site site,
+                          const int* tiles, int num_tokens, int capacity) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];  // stages of x's box, then A's
   let_next_begin();
   wait_for_inputs();
@@ -66,46 +84,42 @@ __global__ void __launch_bounds__(128)
       }
     }
   }
+  const auto each = [&](auto&& act) {  // two neighbours at a time
 #pragma unroll
-  for (int n = 0; n < kTileRanks / 8; ++n) {
+    for (int n = 0; n < kTileRanks / 8; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int t = 16 * warp + lane / 4 + 8 * (i / 2), c = 8 * n + 2 * (lane % 4) + i % 2;
-      if (t < count && c < columns) {
-        const int64_t at = static_cast<int64_t>(blockIdx.z) * num_tokens + first + t;
-        partial[at * capacity + r0 + c] = d[n][i];
+      for (int i = 0; i < 2; ++i) {
+        const int t = 16 * warp + lane / 4 + 8 * i, c = 8 * n + 2 * (lane % 4);
+        if (t < count && c < columns)
+          act(static_cast<int64_t>(first + t) * capacity + r0 + c, d[n][2 * i], d[n][2 * i + 1]);
       }
     }
+  };
+  if (gridDim.z > 1) {
+    const int64_t stride = static_cast<int64_t>(num_tokens) * capacity;
+    each([&](int64_t at, float& low, float& high) {
+      *reinterpret_cast<float2*>(partial + blockIdx.z * stride + at) = make_float2(low, high);
+      low = high = 0.f;
+    });
+    if (!comes_last(arrived + blockIdx.y * gridDim.x + blockIdx.x, gridDim.z)) return;
+    for (int s = 0; s < gridDim.z; ++s) {
+      each([&](int64_t at, float& low, float& high) {
+        const float2 part = __ldcg(reinterpret_cast<const float2*>(partial + s * stride + at));
+        low += part.x;
+        high += part.y;
+      });
+    }
   }
-}
-
-constexpr int kReduceBlocks = 2;  // of a tile
-
-// h [num_tokens, capacity] = round(sum of partial over splits), where the tile's slot has ranks.
-// grid (token tiles, kReduceBlocks).
-template <typename T>
-__global__ void reduce_prefill_kernel(T* h, const float* partial, Site site, const int* tiles,
-                                      int num_tokens, int capacity, int splits) {
-  let_next_begin();
-  wait_for_inputs();
-  const int* tile = tiles + 3 * blockIdx.x;
-  const int rank_total = static_cast<int>(row_of(site, tile[0]).rank_total);
-  const int count = (tile[2] - tile[1]) * rank_total;
-  for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < count; i += kReduceBlocks * blockDim.x) {
-    const int64_t at = static_cast<int64_t>(tile[1] + i / rank_total) * capacity + i % rank_total;
-    float sum = 0.f;
-#pragma unroll 4
-    for (int s = 0; s < splits; ++s)
-      sum += partial[static_cast<int64_t>(s) * num_tokens * capacity + at];
-    h[at] = Pair<T>::round(sum);
-  }
+  each([&](int64_t at, float& low, float& high) {
+    *reinterpret_cast<uint32_t*>(h + at) = Pair<T>::pack(low, high);
+  });
 }
 
 // y += the update. grid (output tiles, token tiles).
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 5)
+__global__ void __launch_bounds__(kTileThreads, 6)
     expand_prefill_kernel(T* y, Pending pending, int y_width) {
-  __shared__ __align__(16) TileOuts<T> out;
+  __shared__ __align__(16) TileOuts<T> outs;
   let_next_begin();
   wait_for_inputs();
   const TileTokens tokens(pending, blockIdx.y);
@@ -115,31 +129,32 @@ __global__ void __launch_bounds__(kTileThreads, 5)
   const int columns = tile.width - tile.start, start = tile.y_start + tile.start;
   const Half<T> halves[2] = {half_at<T>(pending.site, row, start, columns),
                              half_at<T>(pending.site, row, start + kHalfOuts, columns - kHalfOuts)};
-  expand_tile(out, halves, pending, tokens);
   T* y_tile = y + static_cast<int64_t>(tokens.first) * y_width + start;
+  fetch_products(outs, halves, {y_tile, y_tile + kHalfOuts}, y_width, tokens.count);
+  expand_tile(outs, halves, pending, tokens);
 #pragma unroll
   for (int i = threadIdx.x % 32; i < 16 * kTileOuts / kWide; i += 32) {
     const int t = threadIdx.x / 32 * 16 + i / (kTileOuts / kWide);
     const int c = i % (kTileOuts / kWide) * kWide;
-    if (t >= tokens.count || c >= columns) continue;
-    T* target = y_tile + static_cast<int64_t>(t) * y_width + c;
-    finished(target, &out[t][c]).store(target);
+    if (t < tokens.count && c < columns)
+      *reinterpret_cast<uint4*>(y_tile + static_cast<int64_t>(t) * y_width + c) =
+          load16(&outs[t][c]);
   }
 }
 
 template <typename T>
-int shrink(void* h, float* partial, const void* x, const Site& site, const int* tiles,
-           int num_tiles, int tokens, int capacity, int splits, cudaStream_t stream) {
+int shrink(float* partial, int* arrived, const void* x, const Pending& pending,
+           cudaStream_t stream) {
   constexpr int kBytes = kShrinkStages * 2 * kBoxBytes;
   static const cudaError_t allowed = cudaFuncSetAttribute(
       shrink_prefill_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (allowed != cudaSuccess) return allowed;
-  const dim3 grid((capacity + kTileRanks - 1) / kTileRanks, num_tiles, splits);
-  const int error = launch(shrink_prefill_kernel<T>, grid, 128, kBytes, stream, partial,
-                           static_cast<const T*>(x), site, tiles, tokens, capacity);
-  if (error != cudaSuccess) return error;
-  return launch(reduce_prefill_kernel<T>, dim3(num_tiles, kReduceBlocks), 256, 0, stream,
-                static_cast<T*>(h), partial, site, tiles, tokens, capacity, splits);
+  const dim3 grid((pending.capacity + kTileRanks - 1) / kTileRanks, pending.num_tiles,
+                  pending.splits);
+  return launch(shrink_prefill_kernel<T>, grid, 128, kBytes, stream,
+                static_cast<T*>(const_cast<void*>(pending.h)), partial, arrived,
+                static_cast<const T*>(x), pending.site, pending.tiles, pending.num_tokens,
+                pending.capacity);
 }
 
 template <typename T>
@@ -154,14 +169,10 @@ int expand(void* y, const Pending& pending, cudaStream_t stream) {
 
 using namespace lorafleet;
 
-extern "C" int lorafleet_lora_shrink_tiles(int is_half, const void* x, float* partial,
+extern "C" int lorafleet_lora_shrink_tiles(int is_half, const void* x, float* partial, int* arrived,
                                            const Pending* pending, cudaStream_t stream) {
-  const Pending& p = *pending;
-  void* h = const_cast<void*>(p.h);
-  return is_half ? shrink<__half>(h, partial, x, p.site, p.tiles, p.num_tiles, p.num_tokens,
-                                  p.capacity, p.splits, stream)
-                 : shrink<__nv_bfloat16>(h, partial, x, p.site, p.tiles, p.num_tiles, p.num_tokens,
-                                         p.capacity, p.splits, stream);
+  return is_half ? shrink<__half>(partial, arrived, x, *pending, stream)
+                 : shrink<__nv_bfloat16>(partial, arrived, x, *pending, stream);
 }
 
 extern "C" int lorafleet_lora_expand_tiles(int is_half, void* y, const Pending* pending,

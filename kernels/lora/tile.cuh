@@ -59,62 +59,71 @@ __device__ void load_h_tile(T (*h_tile)[16 + kTilePad], const Pending& pending,
   }
 }
 
-// out[t] = h[first + t] @ B, rounded, over the 64 outputs of each half; zeros where there is no B.
-// A warp may read the rows of its own 16 tokens when this returns.
+// Has the products of a warp's 16 tokens on their way to its rows of `tile`, half by half; each half
+// begins at the first token's `products`.
 template <typename T>
-__device__ void expand_tile(TileOuts<T>& out, const Half<T> (&halves)[2], const Pending& pending,
-                            const TileTokens& tokens) {
-  __shared__ __align__(16) T b_tile[16][kTileOuts + kTilePad];
-  __shared__ __align__(16) T h_tile[2][kTileTokens][16 + kTilePad];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int t = 16 * warp + lane / 4, quad = lane % 4;
-  float d[kTileOuts / 8][4] = {};
-  const int max_rank = max(halves[0].part.rank, halves[1].part.rank);
-  for (int r0 = 0; r0 < max_rank; r0 += 16) {
-    __syncthreads();
+__device__ void fetch_products(TileOuts<T>& tile, const Half<T> (&halves)[2],
+                               const T* const (&products)[2], int64_t width, int count) {
+  const int c = threadIdx.x % (kTileOuts / kWide) * kWide, at = c % kHalfOuts;
+  const bool is_second = c >= kHalfOuts;
+  const T* from = (is_second ? products[1] : products[0]) + at;
+  const bool is_there = at < (is_second ? halves[1].columns : halves[0].columns);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Part<T>& part = halves[half].part;
-      const int r = threadIdx.x / (kHalfOuts / kWide);
-      const int c = threadIdx.x % (kHalfOuts / kWide) * kWide;
+  for (int i = 0; i < 8; ++i) {
+    const int t = threadIdx.x / 32 * 16 + 2 * i + threadIdx.x % 32 / (kTileOuts / kWide);
+    copy_async(shared_address(&tile[t][c]), from + t * width, is_there && t < count);
+  }
+  asm volatile("cp.async.commit_group;");
+}
+
+// tile[t] += h[first + t] @ B over the 64 outputs of each half, after `fetch_products`. A warp may
+// read the rows of its own 16 tokens when this returns.
+template <typename T>
+__device__ void expand_tile(TileOuts<T>& tile, const Half<T> (&halves)[2], const Pending& pending,
+                            const TileTokens& tokens) {
+  __shared__ __align__(16) T b_tile[16][kHalfOuts + kTilePad];
+  __shared__ __align__(16) T h_tile[kTileTokens][16 + kTilePad];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int r = threadIdx.x / (kHalfOuts / kWide), c = threadIdx.x % (kHalfOuts / kWide) * kWide;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Part<T>& part = halves[half].part;
+    float d[kHalfOuts / 8][4] = {};
+    for (int r0 = 0; r0 < part.rank; r0 += 16) {
+      __syncthreads();
       const bool valid = r0 + r < part.rank && c < halves[half].columns;
-      *reinterpret_cast<uint4*>(&b_tile[r][half * kHalfOuts + c]) =
+      *reinterpret_cast<uint4*>(&b_tile[r][c]) =
           valid ? load_shared_rows(part.b + static_cast<int64_t>(r0 + r) * part.width + c)
                 : make_uint4(0, 0, 0, 0);
-      load_h_tile(h_tile[half], pending, part, tokens, r0);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
+      load_h_tile(h_tile, pending, part, tokens, r0);
+      __syncthreads();
       uint32_t a[4];
-      load_matrices(a, shared_address(&h_tile[half][16 * warp + lane % 16][lane / 16 * 8]));
+      load_matrices(a, shared_address(&h_tile[16 * warp + lane % 16][lane / 16 * 8]));
 #pragma unroll
       for (int pair = 0; pair < kHalfOuts / 16; ++pair) {
         uint32_t b[4];
-        load_transposed(b, shared_address(&b_tile[lane % 16][half * kHalfOuts + 16 * pair +
-                                                             lane / 16 * 8]));
-        float(*both)[4] = &d[half * kHalfOuts / 8 + 2 * pair];
-        mma<T>(both[0], a[0], a[1], a[2], a[3], b[0], b[1]);
-        mma<T>(both[1], a[0], a[1], a[2], a[3], b[2], b[3]);
+        load_transposed(b, shared_address(&b_tile[lane % 16][16 * pair + lane / 16 * 8]));
+        mma<T>(d[2 * pair], a[0], a[1], a[2], a[3], b[0], b[1]);
+        mma<T>(d[2 * pair + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+      }
+    }
+    if (half == 0) {
+      asm volatile("cp.async.wait_all;");
+      __syncwarp();
+    }
+    if (part.rank == 0) continue;
+#pragma unroll
+    for (int n = 0; n < kHalfOuts / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        T* at = &tile[16 * warp + lane / 4 + 8 * i][half * kHalfOuts + 8 * n + 2 * (lane % 4)];
+        uint32_t* pair = reinterpret_cast<uint32_t*>(at);
+        const float2 product = Pair<T>::unpack(*pair);
+        *pair = Pair<T>::pack(product.x + d[n][2 * i], product.y + d[n][2 * i + 1]);
       }
     }
   }
-  // Through shared memory, so that what reads it next has 8 neighbours in a lane.
-#pragma unroll
-  for (int n = 0; n < kTileOuts / 8; ++n) {
-    const int c = 8 * n + 2 * quad;
-    *reinterpret_cast<uint32_t*>(&out[t][c]) = Pair<T>::pack(d[n][0], d[n][1]);
-    *reinterpret_cast<uint32_t*>(&out[t + 8][c]) = Pair<T>::pack(d[n][2], d[n][3]);
-  }
   __syncwarp();
-}
-
-// Eight outputs of a product with their update, rounded as a finished product is.
-template <typename T>
-__device__ Vec<T> finished(const T* product, const T* update) {
-  Vec<T> sum = Vec<T>::load(product).plus(Vec<T>::load(update).x);
-  sum.round();
-  return sum;
 }
 
 }  // namespace lorafleet
