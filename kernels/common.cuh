@@ -108,14 +108,11 @@ struct Vec {
     }
     return v;
   }
-  __device__ void store(T* p) const {
-    uint4 raw;
-    raw.x = Pair<T>::pack(x[0], x[1]);
-    raw.y = Pair<T>::pack(x[2], x[3]);
-    raw.z = Pair<T>::pack(x[4], x[5]);
-    raw.w = Pair<T>::pack(x[6], x[7]);
-    *reinterpret_cast<uint4*>(p) = raw;
+  __device__ uint4 packed() const {
+    return make_uint4(Pair<T>::pack(x[0], x[1]), Pair<T>::pack(x[2], x[3]),
+                      Pair<T>::pack(x[4], x[5]), Pair<T>::pack(x[6], x[7]));
   }
+  __device__ void store(T* p) const { *reinterpret_cast<uint4*>(p) = packed(); }
   // The sum, not rounded until it is stored.
   __device__ Vec plus(const float (&added)[kWide]) const {
     Vec sum;

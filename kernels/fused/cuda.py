@@ -17,7 +17,9 @@ _MAX_HIDDEN = 16384  # a block holds a row
 _MAX_PENDING_HIDDEN = 8192
 # A block reads all of a row's B: beyond, the expand's many blocks are faster than one launch less.
 _MAX_PENDING_RANK = 16
+_MAX_TILED_RANK = 64
 _MAX_HEAD_DIM = 256  # a warp holds a head
+_TILE_OUTS = 128  # of long segments; whole heads
 
 
 def norms(x: torch.Tensor) -> bool:
@@ -27,7 +29,8 @@ def norms(x: torch.Tensor) -> bool:
 
 def norms_pending(x: torch.Tensor, pending: Pending) -> bool:
     """Whether `rms_norm` adds what is pending, and is the faster for it."""
-    return norms(x) and x.shape[1] <= _MAX_PENDING_HIDDEN and pending.max_rank <= _MAX_PENDING_RANK
+    max_rank = _MAX_TILED_RANK if pending.is_tiled else _MAX_PENDING_RANK
+    return norms(x) and x.shape[1] <= _MAX_PENDING_HIDDEN and pending.max_rank <= max_rank
 
 
 def multiplies(gate_up: torch.Tensor) -> bool:
@@ -44,6 +47,11 @@ def rotates(keys: torch.Tensor, cos: torch.Tensor) -> bool:
         and head_dim <= _MAX_HEAD_DIM
         and rotary_dim % 16 == 0
     )
+
+
+def rotates_pending(keys: torch.Tensor, pending: Pending) -> bool:
+    """Whether `rotary_and_store_`, if it takes these heads, adds what is pending."""
+    return not pending.is_tiled or _TILE_OUTS % keys.shape[-1] == 0
 
 
 def rms_norm(

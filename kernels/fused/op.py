@@ -72,6 +72,9 @@ def rotary_and_store_(
     pending: Pending | None = None,
 ) -> torch.Tensor:
     """See the module's docstring; the queries [num_tokens, heads, head_dim]."""
+    if pending is not None and not cuda.rotates_pending(keys, pending):
+        pending.add_(qkv)
+        pending = None
     if cuda.rotates(keys, cos):
         return cuda.rotary_and_store_(
             qkv, cos, sin, keys, values, locations, q_norm, k_norm, eps, pending

@@ -1,5 +1,5 @@
 // rotary_and_store_ of op.py. A lane holds 8 elements of a head, a warp one token's whole heads.
-#include "../lora/expand.cuh"
+#include "../lora/tile.cuh"
 
 namespace lorafleet {
 namespace {
@@ -78,6 +78,23 @@ __device__ void rotate(Vec<T>& x, const Tables<T>& tables, const Heads& heads, c
     x.x[j] = rounded<T>(x.x[j] * c.x[j]) + rounded<T>(sign * other.x[j] * s.x[j]);
 }
 
+// Norms and rotates this lane's elements as their part wants it, and stores them.
+template <typename T>
+__device__ void finish(Vec<T>& x, T* query, const Pool<T>& pool, const Tables<T>& tables,
+                       const Heads& heads, const Place& place, int64_t token, int64_t location) {
+  T* target = place.part == 0 ? query + (token * heads.num + place.head) * heads.dim
+                              : (place.part == 1 ? pool.keys : pool.values) +
+                                    (location * heads.num_kv + place.head) * heads.dim;
+  if (place.part < 2) {
+    const T* weight = place.part == 0 ? tables.q_norm : tables.k_norm;
+    if (weight != nullptr) norm_head(x, weight, heads, place, tables.eps);
+    rotate(x, tables, heads, place, token);
+  }
+  if (place.valid) x.store(target + place.at);
+}
+
+__host__ __device__ int tiles_in(int outputs) { return (outputs + kTileOuts - 1) / kTileOuts; }
+
 // grid (tokens, warps of a token / kWarps).
 template <typename T, bool kPending>
 __global__ void __launch_bounds__(32 * kWarps)
@@ -107,15 +124,43 @@ __global__ void __launch_bounds__(32 * kWarps)
       x.round();
     }
   }
-  T* target = place.part == 0 ? query + (token * heads.num + place.head) * heads.dim
-                              : (place.part == 1 ? pool.keys : pool.values) +
-                                    (location * heads.num_kv + place.head) * heads.dim;
-  if (place.part < 2) {
-    const T* weight = place.part == 0 ? tables.q_norm : tables.k_norm;
-    if (weight != nullptr) norm_head(x, weight, heads, place, tables.eps);
-    rotate(x, tables, heads, place, token);
+  finish(x, query, pool, tables, heads, place, token, location);
+}
+
+// The same for a product whose update comes in tiles: heads of 8 to 128 elements, a power of two.
+// grid (tiles of 128 outputs, token tiles); a lane's 8 outputs lie in one head.
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads, 6)
+    rotary_tiles_kernel(T* query, const T* qkv, Pool<T> pool, Tables<T> tables, Heads heads,
+                        Pending pending) {
+  __shared__ __align__(16) TileOuts<T> tile;
+  let_next_begin();
+  wait_for_inputs();
+  const TileTokens tokens(pending, blockIdx.y);
+  const SiteRow& row = row_of(pending.site, tokens.slot);
+  const int q_tiles = tiles_in(heads.num * heads.dim), kv_tiles = tiles_in(heads.num_kv * heads.dim);
+  const int part = blockIdx.x < q_tiles ? 0 : blockIdx.x < q_tiles + kv_tiles ? 1 : 2;
+  const int at = (blockIdx.x - (part > 0 ? q_tiles : 0) - (part > 1 ? kv_tiles : 0)) * kTileOuts;
+  const int columns = (part == 0 ? heads.num : heads.num_kv) * heads.dim - at;
+  const int skipped = part == 0 ? 0 : heads.num + (part - 1) * heads.num_kv;
+  const int start = skipped * heads.dim + at;
+  const Half<T> halves[2] = {half_at<T>(pending.site, row, start, columns),
+                             half_at<T>(pending.site, row, start + kHalfOuts, columns - kHalfOuts)};
+  const int64_t width = (heads.num + 2 * heads.num_kv) * heads.dim;
+  const T* products = qkv + tokens.first * width + start;
+  fetch_products(tile, halves, {products, products + kHalfOuts}, width, tokens.count);
+  expand_tile(tile, halves, pending, tokens);
+  const int c = threadIdx.x % 16 * kWide;
+#pragma unroll 2
+  for (int i = 0; i < 8; ++i) {
+    const int t = threadIdx.x / 32 * 16 + 2 * i + threadIdx.x % 32 / 16;
+    const int token = tokens.first + min(t, tokens.count - 1);
+    const Place place{part, 0, (at + c) / heads.dim, (at + c) % heads.dim,
+                      t < tokens.count && c < columns};
+    Vec<T> x{};
+    if (place.valid) x = Vec<T>::load(&tile[t][c]);
+    finish(x, query, pool, tables, heads, place, token, pool.locations[token]);
   }
-  if (place.valid) x.store(target + place.at);
 }
 
 template <typename T>
@@ -131,6 +176,13 @@ int rotary(void* query, const void* qkv, const void* cos, const void* sin, void*
                          static_cast<const T*>(q_norm), static_cast<const T*>(k_norm), eps};
   T* q = static_cast<T*>(query);
   const T* x = static_cast<const T*>(qkv);
+  if (pending != nullptr && pending->tiles != nullptr) {
+    if (kTileOuts % heads.dim != 0) return cudaErrorInvalidValue;
+    const dim3 tiles(tiles_in(heads.num * heads.dim) + 2 * tiles_in(heads.num_kv * heads.dim),
+                     pending->num_tiles);
+    return launch(rotary_tiles_kernel<T>, tiles, kTileThreads, 0, stream, q, x, pool, tables, heads,
+                  *pending);
+  }
   if (pending != nullptr)
     return launch(rotary_kernel<T, true>, grid, 32 * kWarps, 0, stream, q, x, pool, tables, heads,
                   *pending);

@@ -27,7 +27,9 @@ from lorafleet.kernels.linear import cuda as stream
 from lorafleet.kernels.lora.weights import SiteWeights
 
 TILE_TOKENS = 64
+MAX_SITE_TARGETS = 3
 _RANK_TILE = 16  # ranks of one shrink item
+_PIECE = 8  # elements in 16 bytes
 _MIN_SPLIT = 512  # features of x that an item reads at least
 _WAVE_ITEMS = 264  # two for each multiprocessor of the largest device
 
@@ -36,6 +38,14 @@ class Shrunk(NamedTuple):
     """x @ A^T in `splits` parts: float32 [splits, num_tokens, capacity]."""
 
     partial: torch.Tensor
+    max_rank: int
+
+
+class ShrunkTiles(NamedTuple):
+    """x @ A^T of tokens in tiles: serving dtype [num_tokens, capacity], a slot's ranks of it."""
+
+    h: torch.Tensor
+    tiles: torch.Tensor
     max_rank: int
 
 
@@ -99,24 +109,31 @@ class PendingArguments(Structure):
     """`Pending` of expand.cuh."""
 
     _fields_ = (
-        ("partial", c_void_p),
         ("site", _Site),
+        ("capacity", c_int),
+        ("partial", c_void_p),
         ("row_slots", c_void_p),
         ("num_tokens", c_int),
-        ("capacity", c_int),
         ("splits", c_int),
+        ("h", c_void_p),
+        ("tiles", c_void_p),
+        ("num_tiles", c_int),
     )
 
 
 def pending_arguments(
-    shrunk: Shrunk, site: SiteWeights, row_slots: torch.Tensor
+    shrunk: Shrunk | ShrunkTiles, site: SiteWeights, row_slots: torch.Tensor
 ) -> PendingArguments:
-    """What `expand_` would add, for a kernel that adds it while it reads the product."""
-    splits, num_tokens, capacity = shrunk.partial.shape
-    return PendingArguments(
-        shrunk.partial.data_ptr(), _site_arguments(site), row_slots.data_ptr(), num_tokens,
-        capacity, splits,
-    )  # fmt: skip
+    """What an expand would add, for a kernel that adds it while it reads the product."""
+    found = PendingArguments(site=_site_arguments(site), row_slots=row_slots.data_ptr())
+    if isinstance(shrunk, Shrunk):
+        found.partial = shrunk.partial.data_ptr()
+        found.splits, found.num_tokens, found.capacity = shrunk.partial.shape
+    else:
+        found.h, found.tiles = shrunk.h.data_ptr(), shrunk.tiles.data_ptr()
+        found.num_tiles = len(shrunk.tiles)
+        found.num_tokens, found.capacity = shrunk.h.shape
+    return found
 
 
 def _shrink_arguments(shrunk: Shrunk, site: SiteWeights, row_slots: torch.Tensor) -> _Shrink:
@@ -140,27 +157,38 @@ def _empty(x: torch.Tensor, site: SiteWeights, max_rank: int) -> Shrunk:
     return Shrunk(x.new_empty(splits, num_tokens, capacity, dtype=torch.float32), max_rank)
 
 
-def prefill(
+def shrink_tiles(
     x: torch.Tensor,
-    bias: torch.Tensor | None,
     site: SiteWeights,
+    row_slots: torch.Tensor,
     tiles: torch.Tensor,
+    arrived: torch.Tensor,
     max_rank: int,
-) -> torch.Tensor:
-    """Prefill form: the update, on top of the bias; the tiles cover every token."""
-    num_tokens, num_tiles = len(x), len(tiles)
-    capacity = max_rank * len(site.out_splits)
-    splits = _splits(num_tiles * -(-capacity // TILE_TOKENS), site.in_features)
+) -> ShrunkTiles:
+    """Prefill form, first half; the tiles cover every token.
+
+    `arrived`: as `counters_for` makes it; zero again when the operation ends.
+    """
+    num_tokens = len(x)
+    capacity = -(-max_rank * len(site.out_splits) // _PIECE) * _PIECE
+    items = len(tiles) * -(-capacity // TILE_TOKENS)
+    splits = max(1, min(site.in_features // _MIN_SPLIT, _WAVE_ITEMS // items))
     partial = x.new_empty(splits, num_tokens, capacity, dtype=torch.float32)
-    h = x.new_empty(num_tokens, capacity)
-    y = x.new_empty(num_tokens, sum(site.out_splits))
-    _entry_prefill()(
-        _is_half(x), y.data_ptr(), h.data_ptr(), partial.data_ptr(), x.data_ptr(),
-        None if bias is None else bias.data_ptr(), site.arena.data_ptr(), site.table.data_ptr(),
-        site.table.stride(0), site.in_features, *_outs(site), tiles.data_ptr(), num_tiles,
-        num_tokens, capacity, splits, _stream(),
-    )  # fmt: skip
-    return y
+    shrunk = ShrunkTiles(x.new_empty(num_tokens, capacity), tiles, max_rank)
+    work = pending_arguments(shrunk, site, row_slots)
+    work.splits = splits
+    _entry_shrink_tiles()(
+        _is_half(x), x.data_ptr(), partial.data_ptr(), arrived.data_ptr(), byref(work), _stream()
+    )
+    return shrunk
+
+
+def expand_tiles_(
+    y: torch.Tensor, shrunk: ShrunkTiles, site: SiteWeights, row_slots: torch.Tensor
+) -> None:
+    """Prefill form, second half: adds every token's shrunk @ B of its slot to y."""
+    work = pending_arguments(shrunk, site, row_slots)
+    _entry_expand_tiles()(_is_half(y), y.data_ptr(), byref(work), _stream())
 
 
 def tiles_of(segments: Sequence[tuple[int, int, int]], num_tokens: int) -> torch.Tensor:
@@ -175,6 +203,12 @@ def tiles_of(segments: Sequence[tuple[int, int, int]], num_tokens: int) -> torch
         for first in range(start, stop, TILE_TOKENS)
     ]
     return torch.tensor(cut, dtype=torch.int32)
+
+
+def counters_for(tiles: torch.Tensor, max_rank: int) -> torch.Tensor:
+    """Zeros, one for each piece of work of `shrink_tiles` at any site."""
+    rank_tiles = -(-(MAX_SITE_TARGETS * max_rank + _PIECE) // TILE_TOKENS)
+    return torch.zeros(len(tiles) * rank_tiles, dtype=torch.int32, device=tiles.device)
 
 
 def _splits(num_items: int, in_features: int) -> int:
@@ -212,8 +246,10 @@ def _entry_expand() -> Callable[..., None]:
 
 
 @cache
-def _entry_prefill() -> Callable[..., None]:
-    return bind(
-        "lorafleet_lora_prefill", c_int, *[c_void_p] * 5, *_SITE, *[c_int] * 4, c_void_p,
-        *[c_int] * 4, c_void_p,
-    )  # fmt: skip
+def _entry_shrink_tiles() -> Callable[..., None]:
+    return bind("lorafleet_lora_shrink_tiles", c_int, *[c_void_p] * 5)
+
+
+@cache
+def _entry_expand_tiles() -> Callable[..., None]:
+    return bind("lorafleet_lora_expand_tiles", c_int, *[c_void_p] * 3)

@@ -143,10 +143,10 @@ __global__ void __launch_bounds__(32 * kAloneWarps, 8)
   wait_for_inputs();
   if (!adds) return;
   T* target = y + static_cast<int64_t>(token) * y_width + tile.y_start + out;
-  const Vec<T> before = inside ? Vec<T>::load(target) : Vec<T>{};
+  const uint4 before = inside ? load16(target) : make_uint4(0, 0, 0, 0);
   float acc[kWide] = {};
   expand_warp(acc, pending, part, token, out, inside);
-  if (inside) before.plus(acc).store(target);
+  if (inside) Vec<T>::unpack(before).plus(acc).store(target);
 }
 
 template <typename T>
@@ -160,7 +160,7 @@ int expand_decode(void* y, const float* partial, const Site& site, const int* ro
                   int capacity, int max_rank, int splits, cudaStream_t stream) {
   if (tokens >= (max_rank <= 32 ? 4 : 16)) {
     const dim3 pairs((tiles_of(site, kOutTile) + kAloneWarps - 1) / kAloneWarps, tokens);
-    const Pending pending{partial, site, row_slots, tokens, capacity, splits};
+    const Pending pending{site, capacity, partial, row_slots, tokens, splits};
     return launch(expand_alone_kernel<T>, pairs, 32 * kAloneWarps, 0, stream,
                   static_cast<T*>(y), pending, width_of(site));
   }

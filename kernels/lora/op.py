@@ -12,9 +12,8 @@ Arguments:
     site    arena, table and rows of the site: SiteWeights.
     batch   which token has which slot: LoraBatch. Nothing is launched when it is empty.
 
-On CUDA the op has two halves. Of a decode step's product `lora_product` computes the first, on
-Hopper in the launch of the base product, and leaves the second to the operation that reads y next:
-see Pending.
+On CUDA the op has two halves. `lora_product` computes the first, in a decode step on Hopper in the
+launch of the base product, and leaves the second to the operation that reads y next: see Pending.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import torch
 from lorafleet.kernels.linear import cuda as stream
 from lorafleet.kernels.linear.op import linear
 from lorafleet.kernels.lora import cuda
-from lorafleet.kernels.lora.cuda import Shrunk
+from lorafleet.kernels.lora.cuda import Shrunk, ShrunkTiles
 from lorafleet.kernels.lora.weights import SiteWeights, Stack
 
 Segment = tuple[int, int, int]  # slot, start, stop
@@ -92,6 +91,11 @@ class LoraBatch:
         return tiles.to(self.row_slots.device, non_blocking=True)
 
     @cached_property
+    def arrived(self) -> torch.Tensor:
+        """Counters for the shrink of `tiles`."""
+        return cuda.counters_for(self.tiles, self.max_rank)
+
+    @cached_property
     def tail(self) -> int:
         """The token from which on segments are short enough to be computed side by side."""
         starts = [start for _, start, stop in self.segments if stop - start > _MAX_GRID_ROWS]
@@ -116,9 +120,14 @@ class Pending(NamedTuple):
     dtype: `lora_add_` does, or a fused operation that takes it as an argument.
     """
 
-    shrunk: Shrunk
+    shrunk: Shrunk | ShrunkTiles
     site: SiteWeights
     row_slots: torch.Tensor
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether it is of long segments."""
+        return isinstance(self.shrunk, ShrunkTiles)
 
     @property
     def max_rank(self) -> int:
@@ -127,7 +136,10 @@ class Pending(NamedTuple):
 
     def add_(self, y: torch.Tensor) -> None:
         """Finishes the product in place."""
-        cuda.expand_(y, self.shrunk, self.site, self.row_slots)
+        if isinstance(self.shrunk, ShrunkTiles):
+            cuda.expand_tiles_(y, self.shrunk, self.site, self.row_slots)
+        else:
+            cuda.expand_(y, self.shrunk, self.site, self.row_slots)
 
 
 def lora_product(
@@ -139,17 +151,16 @@ def lora_product(
 ) -> tuple[torch.Tensor, Pending | None]:
     """x @ weight^T + bias, then `lora_add_` to it, or what of that is still pending.
 
-    In a prefill batch on CUDA the update comes first and the product adds to it: another kernel of
-    cuBLAS than without adapters, so that also rows without one may differ in their last bits.
+    The product is the one of a batch without adapters, so rows of slot 0 keep its bits.
     """
     if batch.is_empty or not site.has_kernels:
         y = linear(x, weight, bias)
         lora_add_(y, x, site, batch)
         return y, None
-    if not batch.is_decode:
-        y = cuda.prefill(x, bias, site, batch.tiles, batch.max_rank)
-        return y.addmm_(x, weight.t()), None
     slots, max_rank = batch.row_slots, batch.max_rank
+    if not batch.is_decode:
+        tiled = cuda.shrink_tiles(x, site, slots, batch.tiles, batch.arrived, max_rank)
+        return linear(x, weight, bias), Pending(tiled, site, slots)
     if stream.supports(x, weight):
         y, shrunk = cuda.shrink_with_linear(x, weight, bias, site, slots, max_rank)
     else:
@@ -170,7 +181,10 @@ def lora_add_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBa
         shrunk = cuda.shrink(x, site, batch.row_slots, batch.max_rank)
         cuda.expand_(y, shrunk, site, batch.row_slots)
     else:
-        y += cuda.prefill(x, None, site, batch.tiles, batch.max_rank)
+        tiled = cuda.shrink_tiles(
+            x, site, batch.row_slots, batch.tiles, batch.arrived, batch.max_rank
+        )
+        cuda.expand_tiles_(y, tiled, site, batch.row_slots)
 
 
 def _add_in_torch_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:

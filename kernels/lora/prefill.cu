@@ -1,24 +1,41 @@
 // LoRA for long segments, on tensor cores: contract in cuda.py. Shrink writes float32 partial sums of
-// x @ A^T, reduce sums and rounds them, expand multiplies by B and writes what a product is then
-// added to, so that no y is read and written once more.
-#include "site.cuh"
+// x @ A^T and rounds their sum; expand multiplies by B and adds to y, unless the operation that reads
+// y next does.
+#include "tile.cuh"
 
 namespace lorafleet {
 namespace {
 
-// Prefill. tiles: int32 [num_tiles, 3] = (slot, first token, end), at most 64 tokens each.
-constexpr int kTileTokens = 64;
 constexpr int kTileRanks = 64;
-
 constexpr int kShrinkStages = 4;
 constexpr int kBoxBytes = 64 * 128;  // 64 rows of 64 columns
 
-// grid (rank tiles of 64, token tiles, splits); 4 warps of 16 tokens each.
+// Whether this block is the last of `count` to come here; what the others wrote before is visible to
+// it then. The counter is zero again afterwards.
+__device__ bool comes_last(int* arrived, int count) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(arrived, 1) == count - 1;
+    if (last) *arrived = 0;
+  }
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+// h [num_tokens, capacity] = round(x @ A^T), the ranks that each tile's slot has, an even number with
+// what may come after them; capacity is a multiple of 8. The last of a
+// tile's splits over k sums them, in order. grid (rank tiles of 64, token tiles, splits); 4 warps of
+// 16 tokens each.
 template <typename T>
-__global__ void __launch_bounds__(128)
-    shrink_prefill_kernel(float* partial, const T* x, Site site, const int* tiles, int num_tokens,
-                          int capacity) {
+__global__ void __launch_bounds__(128, 3)
+    shrink_prefill_kernel(T* h, float* partial, int* arrived, const T* x, Site site,
+                          const int* tiles, int num_tokens, int capacity) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];  // stages of x's box, then A's
+  let_next_begin();
+  wait_for_inputs();
   const int* tile = tiles + 3 * blockIdx.y;
   const SiteRow& row = row_of(site, tile[0]);
   const int rank_total = static_cast<int>(row.rank_total), r0 = blockIdx.x * kTileRanks;
@@ -67,128 +84,84 @@ __global__ void __launch_bounds__(128)
       }
     }
   }
+  const auto each = [&](auto&& act) {  // two neighbours at a time
 #pragma unroll
-  for (int n = 0; n < kTileRanks / 8; ++n) {
+    for (int n = 0; n < kTileRanks / 8; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int t = 16 * warp + lane / 4 + 8 * (i / 2), c = 8 * n + 2 * (lane % 4) + i % 2;
-      if (t < count && c < columns) {
-        const int64_t at = static_cast<int64_t>(blockIdx.z) * num_tokens + first + t;
-        partial[at * capacity + r0 + c] = d[n][i];
+      for (int i = 0; i < 2; ++i) {
+        const int t = 16 * warp + lane / 4 + 8 * i, c = 8 * n + 2 * (lane % 4);
+        if (t < count && c < columns)
+          act(static_cast<int64_t>(first + t) * capacity + r0 + c, d[n][2 * i], d[n][2 * i + 1]);
       }
     }
+  };
+  if (gridDim.z > 1) {
+    const int64_t stride = static_cast<int64_t>(num_tokens) * capacity;
+    each([&](int64_t at, float& low, float& high) {
+      *reinterpret_cast<float2*>(partial + blockIdx.z * stride + at) = make_float2(low, high);
+      low = high = 0.f;
+    });
+    if (!comes_last(arrived + blockIdx.y * gridDim.x + blockIdx.x, gridDim.z)) return;
+    for (int s = 0; s < gridDim.z; ++s) {
+      each([&](int64_t at, float& low, float& high) {
+        const float2 part = __ldcg(reinterpret_cast<const float2*>(partial + s * stride + at));
+        low += part.x;
+        high += part.y;
+      });
+    }
   }
+  each([&](int64_t at, float& low, float& high) {
+    *reinterpret_cast<uint32_t*>(h + at) = Pair<T>::pack(low, high);
+  });
 }
 
-// h [num_tokens, capacity] = round(sum of partial over splits), where the tile's slot has ranks.
+// y += the update. grid (output tiles, token tiles).
 template <typename T>
-__global__ void reduce_prefill_kernel(T* h, const float* partial, Site site, const int* tiles,
-                                      int num_tokens, int capacity, int splits) {
-  const int* tile = tiles + 3 * blockIdx.x;
-  const int rank_total = static_cast<int>(row_of(site, tile[0]).rank_total);
-  const int count = (tile[2] - tile[1]) * rank_total;
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const int64_t at = static_cast<int64_t>(tile[1] + i / rank_total) * capacity + i % rank_total;
-    float sum = 0.f;
-    for (int s = 0; s < splits; ++s)
-      sum += partial[static_cast<int64_t>(s) * num_tokens * capacity + at];
-    h[at] = Pair<T>::round(sum);
-  }
-}
-
-constexpr int kPrefillOuts = 128;
-
-// grid (output tiles, token tiles); 4 warps, 16 tokens each, over 128 outputs.
-template <typename T>
-__global__ void __launch_bounds__(128, 5)
-    expand_prefill_kernel(T* y, const T* h, const T* bias, Site site, const int* tiles,
-                          int capacity, int y_width) {
-  constexpr int kPad = 8;
-  __shared__ __align__(16) T b_tile[16][kPrefillOuts + kPad];
-  __shared__ __align__(16) T h_tile[kTileTokens][16 + kPad];
-  __shared__ __align__(16) T out[kTileTokens][kPrefillOuts + kPad];
-  const int* place = tiles + 3 * blockIdx.y;
-  const SiteRow& row = row_of(site, place[0]);
+__global__ void __launch_bounds__(kTileThreads, 6)
+    expand_prefill_kernel(T* y, Pending pending, int y_width) {
+  __shared__ __align__(16) TileOuts<T> outs;
+  let_next_begin();
+  wait_for_inputs();
+  const TileTokens tokens(pending, blockIdx.y);
+  const SiteRow& row = row_of(pending.site, tokens.slot);
   Tile tile;
-  find_tile(site, row, blockIdx.x, kPrefillOuts, tile);  // rank 0: bias or zeros are written
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int group = lane / 4, quad = lane % 4;
-  const int first = place[1], count = place[2] - place[1];
-  const T* b = static_cast<const T*>(site.arena) + tile.b_offset + tile.start;
-  const T zero = Pair<T>::round(0.f);
-  float d[kPrefillOuts / 8][4] = {};
-  for (int r0 = 0; r0 < tile.rank; r0 += 16) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < 16 * kPrefillOuts / 8; i += 128) {
-      const int r = i / (kPrefillOuts / 8), c = 8 * (i % (kPrefillOuts / 8));
-      const bool valid = r0 + r < tile.rank && tile.start + c < tile.width;
-      *reinterpret_cast<uint4*>(&b_tile[r][c]) =
-          load_or_zero(b + static_cast<int64_t>(r0 + r) * tile.width + c, valid);
-    }
-    for (int i = threadIdx.x; i < kTileTokens * 16; i += 128) {
-      const int t = i / 16, r = i % 16;
-      const bool valid = t < count && r0 + r < tile.rank;
-      h_tile[t][r] =
-          valid ? h[static_cast<int64_t>(first + t) * capacity + tile.h_start + r0 + r] : zero;
-    }
-    __syncthreads();
-    const int t = 16 * warp + group;
-    const uint32_t a0 = *reinterpret_cast<const uint32_t*>(&h_tile[t][2 * quad]);
-    const uint32_t a1 = *reinterpret_cast<const uint32_t*>(&h_tile[t + 8][2 * quad]);
-    const uint32_t a2 = *reinterpret_cast<const uint32_t*>(&h_tile[t][2 * quad + 8]);
-    const uint32_t a3 = *reinterpret_cast<const uint32_t*>(&h_tile[t + 8][2 * quad + 8]);
+  if (!find_tile(pending.site, row, blockIdx.x, kTileOuts, tile)) return;
+  const int columns = tile.width - tile.start, start = tile.y_start + tile.start;
+  const Half<T> halves[2] = {half_at<T>(pending.site, row, start, columns),
+                             half_at<T>(pending.site, row, start + kHalfOuts, columns - kHalfOuts)};
+  T* y_tile = y + static_cast<int64_t>(tokens.first) * y_width + start;
+  fetch_products(outs, halves, {y_tile, y_tile + kHalfOuts}, y_width, tokens.count);
+  expand_tile(outs, halves, pending, tokens);
 #pragma unroll
-    for (int n = 0; n < kPrefillOuts / 8; ++n) {
-      uint32_t b0, b1;
-      const uint32_t address =
-          static_cast<uint32_t>(__cvta_generic_to_shared(&b_tile[lane % 16][8 * n]));
-      asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                   : "=r"(b0), "=r"(b1)
-                   : "r"(address));
-      mma<T>(d[n], a0, a1, a2, a3, b0, b1);
-    }
-  }
-  // Through shared memory, so that y is written 16 bytes at a time.
-#pragma unroll
-  for (int n = 0; n < kPrefillOuts / 8; ++n) {
-    const int t = 16 * warp + group, c = 8 * n + 2 * quad;
-    *reinterpret_cast<uint32_t*>(&out[t][c]) = Pair<T>::pack(d[n][0], d[n][1]);
-    *reinterpret_cast<uint32_t*>(&out[t + 8][c]) = Pair<T>::pack(d[n][2], d[n][3]);
-  }
-  __syncwarp();  // a warp writes the tokens that it computed
-  T* y_tile = y + static_cast<int64_t>(first) * y_width + tile.y_start + tile.start;
-#pragma unroll
-  for (int i = lane; i < 16 * kPrefillOuts / 8; i += 32) {
-    const int t = 16 * warp + i / (kPrefillOuts / 8), c = 8 * (i % (kPrefillOuts / 8));
-    if (t >= count || tile.start + c >= tile.width) continue;
-    uint4 raw = *reinterpret_cast<const uint4*>(&out[t][c]);
-    if (bias != nullptr) {
-      Vec<T> sum = Vec<T>::load(bias + tile.y_start + tile.start + c).plus(Vec<T>::unpack(raw).x);
-      sum.store(&out[t][c]);
-      raw = *reinterpret_cast<const uint4*>(&out[t][c]);
-    }
-    *reinterpret_cast<uint4*>(y_tile + static_cast<int64_t>(t) * y_width + c) = raw;
+  for (int i = threadIdx.x % 32; i < 16 * kTileOuts / kWide; i += 32) {
+    const int t = threadIdx.x / 32 * 16 + i / (kTileOuts / kWide);
+    const int c = i % (kTileOuts / kWide) * kWide;
+    if (t < tokens.count && c < columns)
+      *reinterpret_cast<uint4*>(y_tile + static_cast<int64_t>(t) * y_width + c) =
+          load16(&outs[t][c]);
   }
 }
 
 template <typename T>
-int prefill(void* y, void* h, float* partial, const void* x, const void* bias, const Site& site,
-            const int* tiles, int num_tiles, int tokens, int capacity, int splits,
-            cudaStream_t stream) {
+int shrink(float* partial, int* arrived, const void* x, const Pending& pending,
+           cudaStream_t stream) {
   constexpr int kBytes = kShrinkStages * 2 * kBoxBytes;
   static const cudaError_t allowed = cudaFuncSetAttribute(
       shrink_prefill_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (allowed != cudaSuccess) return allowed;
-  const dim3 shrink((capacity + kTileRanks - 1) / kTileRanks, num_tiles, splits);
-  shrink_prefill_kernel<T><<<shrink, 128, kBytes, stream>>>(partial, static_cast<const T*>(x), site,
-                                                            tiles, tokens, capacity);
-  reduce_prefill_kernel<T><<<num_tiles, 256, 0, stream>>>(static_cast<T*>(h), partial, site, tiles,
-                                                          tokens, capacity, splits);
-  const dim3 expand(tiles_of(site, kPrefillOuts), num_tiles);
-  expand_prefill_kernel<T><<<expand, 128, 0, stream>>>(
-      static_cast<T*>(y), static_cast<const T*>(h), static_cast<const T*>(bias), site, tiles,
-      capacity, width_of(site));
-  return cudaGetLastError();
+  const dim3 grid((pending.capacity + kTileRanks - 1) / kTileRanks, pending.num_tiles,
+                  pending.splits);
+  return launch(shrink_prefill_kernel<T>, grid, 128, kBytes, stream,
+                static_cast<T*>(const_cast<void*>(pending.h)), partial, arrived,
+                static_cast<const T*>(x), pending.site, pending.tiles, pending.num_tokens,
+                pending.capacity);
+}
+
+template <typename T>
+int expand(void* y, const Pending& pending, cudaStream_t stream) {
+  const dim3 grid(tiles_of(pending.site, kTileOuts), pending.num_tiles);
+  return launch(expand_prefill_kernel<T>, grid, kTileThreads, 0, stream, static_cast<T*>(y),
+                pending, width_of(pending.site));
 }
 
 }  // namespace
@@ -196,14 +169,13 @@ int prefill(void* y, void* h, float* partial, const void* x, const void* bias, c
 
 using namespace lorafleet;
 
-extern "C" int lorafleet_lora_prefill(int is_half, void* y, void* h, float* partial, const void* x,
-                                      const void* bias, const void* arena, const int64_t* table,
-                                      int64_t stride, int in_features, int out0, int out1, int out2,
-                                      const int* tiles, int num_tiles, int tokens, int capacity,
-                                      int splits, cudaStream_t stream) {
-  const Site site{arena, table, stride, in_features, {out0, out1, out2}};
-  return is_half ? prefill<__half>(y, h, partial, x, bias, site, tiles, num_tiles, tokens, capacity,
-                                   splits, stream)
-                 : prefill<__nv_bfloat16>(y, h, partial, x, bias, site, tiles, num_tiles, tokens,
-                                          capacity, splits, stream);
+extern "C" int lorafleet_lora_shrink_tiles(int is_half, const void* x, float* partial, int* arrived,
+                                           const Pending* pending, cudaStream_t stream) {
+  return is_half ? shrink<__half>(partial, arrived, x, *pending, stream)
+                 : shrink<__nv_bfloat16>(partial, arrived, x, *pending, stream);
+}
+
+extern "C" int lorafleet_lora_expand_tiles(int is_half, void* y, const Pending* pending,
+                                           cudaStream_t stream) {
+  return is_half ? expand<__half>(y, *pending, stream) : expand<__nv_bfloat16>(y, *pending, stream);
 }

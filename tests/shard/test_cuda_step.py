@@ -124,6 +124,5 @@ def test_base_rows_and_mixed_batches_of_every_captured_size(tmp_path: Path) -> N
     slots = [0, 3, 3, 0, 5, 0, 1]
     together = run(worker, slots, prompts)
     for count in (1, 2, 3, 5):
-        assert run(worker, slots[:count], prompts[:count])[0][:3] == together[0][:3]
-    # Prompts beside adapters go through another product of cuBLAS: near ties may fall otherwise.
-    assert run(worker, [0] * 7, prompts)[0][:3] == together[0][:3]
+        assert run(worker, slots[:count], prompts[:count])[0] == together[0]
+    assert run(worker, [0] * 7, prompts)[0] == together[0]
