@@ -17,6 +17,7 @@ from lorafleet.deploy.demo.service import running_service
 from tests.bench import random_llama
 
 FLOOD, MAX_ROWS = 500, 16
+HIDDEN_SIZE, NUM_LAYERS = 128, 2
 PROMPT_TOKENS, NEW_TOKENS = 64, 32
 LONE_REQUESTS = 5  # one after another, each with a prompt of its own
 
@@ -30,7 +31,7 @@ class _Times:
 
 def measure(folder: Path) -> dict[str, Any]:
     """How much longer a lone request takes beside the flood, on a random Llama in `folder`."""
-    random_llama.write(folder)
+    random_llama.write(folder, hidden_size=HIDDEN_SIZE, num_layers=NUM_LAYERS)
     flags = ["--model-id", str(folder / "model"), "--adapter-root", str(folder / "adapters")]
     flags += ["--device", "cpu", "--dtype", "float32", "--max-batch-size", str(MAX_ROWS)]
     with running_service(flags) as url:
