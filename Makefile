@@ -55,7 +55,7 @@ imports: setup ## import-linter: packages stand on each other one way only
 
 check: lint types imports test ## what CI runs
 
-bench: setup ## the numbers of docs/benchmarks.md (BENCH="peft demo router profile")
+bench: setup ## the numbers of docs/benchmarks.md (BENCH="peft demo router profile starvation arena")
 	@$(BIN)/python -m tests.bench $(BENCH)
 
 gpu: ## tests and benchmarks of this machine's CUDA device, into GPU_OUT; needs no network

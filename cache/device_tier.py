@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,30 +60,39 @@ class DeviceTier:
         )
 
     def begin_move(self, packed: PackedAdapter, slot: int, arena_offset: int) -> None:
-        """Starts copying an adapter to byte `arena_offset` and binds it to `slot`.
+        """As `begin_scattered`, in one piece from byte `arena_offset`."""
+        self.begin_scattered(packed, slot, [(arena_offset, packed.nbytes)])
+
+    def begin_scattered(
+        self, packed: PackedAdapter, slot: int, extents: Sequence[tuple[int, int]]
+    ) -> None:
+        """Starts copying an adapter to extents (offset, bytes) of the arena; binds it to `slot`.
 
         Returns at once; what is computed before `wait` names the slot must not use it. The slot
         and the bytes may have belonged to another adapter that earlier steps still read.
         """
         itemsize = self.arena.dtype.itemsize
-        start, stop = arena_offset // itemsize, (arena_offset + packed.nbytes) // itemsize
         assert 1 <= slot <= self._num_slots, slot
-        assert arena_offset % ALIGNMENT == 0, arena_offset
-        assert stop <= self.arena.numel(), (arena_offset, packed.nbytes)
+        assert all(offset % ALIGNMENT == 0 for offset, _ in extents), extents
         assert packed.buffer.dtype == self.arena.dtype
-        rows = packed.form.rows_at(start)
-        for site_rows, row in zip(self._rows, rows, strict=True):
+        placement = packed.form.place(
+            (offset // itemsize, nbytes // itemsize) for offset, nbytes in extents
+        )
+        assert all(run.offset + run.stop - run.start <= len(self.arena) for run in placement.runs)
+        for site_rows, row in zip(self._rows, placement.rows, strict=True):
             site_rows[slot] = row
-        self._ranks[slot] = max(rank for row in rows for rank in row[2::2])
+        self._ranks[slot] = max(rank for row in placement.rows for rank in row[2::2])
         self._parts[slot] = {
             part.name: self.arena[part.offset : part.offset + part.num_elements].view(part.shape)
-            for part in packed.form.parts_at(start)
+            for part in placement.parts
         }
         # Page-locked like the buffer, by torch, which keeps it until the copy is done.
-        host_rows = torch.tensor(rows, pin_memory=self.arena.device.type == "cuda")
-        copy = self._copier.start(
-            [(self.arena[start:stop], packed.buffer), (self.table[slot], host_rows)]
-        )
+        host_rows = torch.tensor(placement.rows, pin_memory=self.arena.device.type == "cuda")
+        copies = [
+            (self.arena[offset : offset + stop - start], packed.buffer[start:stop])
+            for start, stop, offset in placement.runs
+        ]
+        copy = self._copier.start([*copies, (self.table[slot], host_rows)])
         self._moves.append(_Move(slot, copy, packed))
 
     def rank(self, slot: int) -> int:

@@ -4,13 +4,19 @@ Site after site: the A blocks of its targets stacked as one [sum of ranks, in_lo
 target's B, stored transposed as [rank, out_local]. Ranks are true ranks, never padded. After the
 sites come the adapter's parts, tensors of any shape that are found by name. Every block starts at
 a multiple of ALIGNMENT bytes, and the whole is a multiple of it.
+
+On the device the buffer may be cut between blocks, and so lie in several extents: each has an
+offset of its own in the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
+from typing import NamedTuple
 
 from lorafleet.cache.layout import MAX_SITE_TARGETS, LoraSite, ModelLayout
 
@@ -37,6 +43,23 @@ class Part:
         return prod(self.shape)
 
 
+class Run(NamedTuple):
+    """Elements [start, stop) of the buffer, which lie at element `offset` of an arena."""
+
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a buffer lies in an arena: its runs, and rows and parts with the arena's offsets."""
+
+    runs: tuple[Run, ...]
+    rows: tuple[SiteRow, ...]
+    parts: tuple[Part, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class PackedForm:
     """The buffer's size, one row per site, and the parts; offsets count from the buffer's start."""
@@ -51,13 +74,39 @@ class PackedForm:
         """Bytes of the buffer, a multiple of ALIGNMENT."""
         return self.num_elements * self.itemsize
 
-    def rows_at(self, offset: int) -> tuple[SiteRow, ...]:
-        """The rows with the buffer lying at element `offset` of an arena."""
-        return tuple(_shifted(row, offset) for row in self.rows)
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of the largest block."""
+        bounds = pairwise(self._bounds())
+        return max((stop - start for start, stop in bounds), default=0) * self.itemsize
 
-    def parts_at(self, offset: int) -> tuple[Part, ...]:
-        """The parts with the buffer lying at element `offset` of an arena."""
-        return tuple(replace(part, offset=part.offset + offset) for part in self.parts)
+    def place(self, extents: Iterable[tuple[int, int]]) -> Placement:
+        """Lays the blocks into extents of an arena (offset and length, in elements).
+
+        Each extent takes blocks in order until one does not fit. Raises ValueError if some are
+        left over.
+        """
+        runs = tuple(_runs(self._bounds(), extents))
+        starts = [run.start for run in runs]
+
+        def shift(offset: int) -> int:
+            run = runs[bisect_right(starts, offset) - 1]
+            return run.offset - run.start
+
+        return Placement(
+            runs,
+            tuple(_shifted(row, shift) for row in self.rows),
+            tuple(replace(part, offset=part.offset + shift(part.offset)) for part in self.parts),
+        )
+
+    def _bounds(self) -> list[int]:
+        """Where blocks begin, and the end."""
+        starts = []
+        for row in self.rows:
+            if row[1]:
+                ranks = zip(row[2::2], row[3::2], strict=True)
+                starts += [row[0], *(offset for rank, offset in ranks if rank)]
+        return [*starts, *(part.offset for part in self.parts), self.num_elements]
 
 
 def plan_form(
@@ -95,17 +144,34 @@ def _plan_site(
     return _as_row(fields), cursor
 
 
+def _runs(bounds: list[int], extents: Iterable[tuple[int, int]]) -> Iterator[Run]:
+    places, offset, room = iter(extents), 0, 0
+    run_start = bounds[0]
+    for start, stop in pairwise(bounds):
+        while stop - start > room:
+            if start > run_start:
+                yield Run(run_start, start, offset)
+            run_start = start
+            place = next(places, None)
+            if place is None:
+                raise ValueError("the extents are too short for the blocks")
+            offset, room = place
+        room -= stop - start
+    if bounds[-1] > run_start:
+        yield Run(run_start, bounds[-1], offset)
+
+
 def _align(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-def _shifted(row: SiteRow, offset: int) -> SiteRow:
+def _shifted(row: SiteRow, shift: Callable[[int], int]) -> SiteRow:
     a, total, *pairs = row
     if not total:
         return EMPTY_ROW
-    fields = [a + offset, total]
+    fields = [a + shift(a), total]
     for rank, b in zip(pairs[::2], pairs[1::2], strict=True):
-        fields += [rank, b + offset if rank else 0]
+        fields += [rank, b + shift(b) if rank else 0]
     return _as_row(fields)
 
 

@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
 
-from lorafleet.cache.extents import ExtentLedger
+from lorafleet.cache.extents import Extent, ExtentLedger
 
 
 @dataclass(slots=True)
@@ -15,8 +15,7 @@ class Slot:
 
     number: int
     owner: Hashable
-    offset: int  # bytes from the start of the arena
-    nbytes: int
+    extents: tuple[Extent, ...]  # of the arena, in the order in which they are filled
     users: int = 0  # running rows
     is_ready: bool = False  # the copy into the arena has finished
     is_kept: bool = False  # not evicted for another adapter
@@ -40,8 +39,7 @@ class SlotLedger:
         self._free = list(range(num_slots, 0, -1))
         self._slots: dict[int, Slot] = {}
         self._bound: OrderedDict[Hashable, Slot] = OrderedDict()  # least recently used first
-        # The largest adapter, in bytes, that finds a place once all but kept slots are evicted.
-        self.room = self._arena.capacity
+        self._spaces = [self._arena.capacity]  # bytes between kept slots
 
     @property
     def capacity(self) -> int:
@@ -51,40 +49,52 @@ class SlotLedger:
     def keep(self, owner: Hashable) -> None:
         """The owner's slot is not evicted until `unkeep`; it must have one."""
         self._bound[owner].is_kept = True
-        self.room = self._largest_room()
+        self._spaces = self._between_kept()
 
     def unkeep(self, owner: Hashable) -> None:
         """The owner's slot, if it has one, may be evicted again."""
         if slot := self._bound.get(owner):
             slot.is_kept = False
-            self.room = self._largest_room()
+            self._spaces = self._between_kept()
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the arena that slots hold."""
-        return sum(self._arena.rounded(slot.nbytes) for slot in self._slots.values())
+        return sum(nbytes for slot in self._slots.values() for _, nbytes in slot.extents)
+
+    def room(self, piece: int) -> int:
+        """The largest adapter, in bytes, that finds a place once all but kept slots are evicted.
+
+        `piece`: bytes of its largest piece.
+        """
+        has_slot = any(not slot.is_kept for slot in self._slots.values()) or self._free
+        return self._arena.room(self._spaces, piece) if has_slot else 0
 
     def find(self, owner: Hashable) -> Slot | None:
         """The owner's slot, ready or not."""
         return self._bound.get(owner)
 
-    def bind(self, owner: Hashable, nbytes: int, wanted: Collection[int]) -> Slot | None:
-        """A new slot for an owner that has none, not ready yet.
+    def bind(
+        self, owner: Hashable, nbytes: int, wanted: Collection[int], piece: int = 0
+    ) -> Slot | None:
+        """A new slot for an owner that has none, not ready yet. `piece`: bytes of its largest
+        piece, 0 = it is all of one piece.
 
         Evicts, least recently used first, slots that are ready, unused, not kept and not in
-        `wanted`; more than one if the arena is fragmented. None, and nothing evicted, if that is
-        not enough.
+        `wanted`, until there are bytes enough in extents that are not much shorter than a piece.
+        None, and nothing evicted, if that is not enough.
         """
-        victims = self._victims(nbytes, wanted)
+        piece = piece or nbytes
+        victims = self._victims(nbytes, piece, wanted)
         if victims is None:
             return None
         for victim in victims:
             self.num_evictions += 1
             self.unbind(victim.owner)
             self._on_evicted(victim.owner)
-        offset = self._arena.take(nbytes)
-        assert offset is not None
-        slot = Slot(self._free.pop(), owner, offset, nbytes)
+        extents = self._arena.take(nbytes, piece)
+        assert extents is not None
+        slot = Slot(self._free.pop(), owner, extents)
         self._slots[slot.number] = self._bound[owner] = slot
         return slot
 
@@ -96,9 +106,9 @@ class SlotLedger:
             assert slot.is_ready
             del self._slots[slot.number]
             self._free.append(slot.number)
-            self._arena.give(slot.offset, slot.nbytes)
+            self._arena.give(slot.extents)
             if slot.is_kept:
-                self.room = self._largest_room()
+                self._spaces = self._between_kept()
 
     def set_ready(self, number: int) -> None:
         """The copy into a slot has finished."""
@@ -129,21 +139,20 @@ class SlotLedger:
         users = Counter(number for number in used if number)
         for slot in self._slots.values():
             assert slot.users == users[slot.number], f"slot {slot.number} has other users"
-        assert self.room == self._largest_room()
-        self._arena.check([(slot.offset, slot.nbytes) for slot in self._slots.values()])
+        assert self._spaces == self._between_kept()
+        self._arena.check([extent for slot in self._slots.values() for extent in slot.extents])
 
-    def _largest_room(self) -> int:
-        kept = sorted((s.offset, s.nbytes) for s in self._slots.values() if s.is_kept)
-        if len(kept) == self.num_slots:
-            return 0
-        largest, end = 0, 0
+    def _between_kept(self) -> list[int]:
+        kept = sorted(extent for s in self._slots.values() if s.is_kept for extent in s.extents)
+        spaces, end = [], 0
         for offset, nbytes in [*kept, (self.capacity, 0)]:
-            largest, end = max(largest, offset - end), offset + self._arena.rounded(nbytes)
-        return largest
+            spaces.append(offset - end)
+            end = offset + nbytes
+        return spaces
 
-    def _victims(self, nbytes: int, wanted: Collection[int]) -> list[Slot] | None:
+    def _victims(self, nbytes: int, piece: int, wanted: Collection[int]) -> list[Slot] | None:
         """Whom to evict so that `nbytes` fit; None if nobody is left to evict and they do not."""
-        if self._free and self._arena.fits(nbytes):
+        if self._free and self._arena.fits(nbytes, piece):
             return []
         arena, victims = self._arena.copy(), []
         for slot in self._bound.values():
@@ -152,7 +161,7 @@ class SlotLedger:
             if is_needed or not slot.is_ready:
                 continue
             victims.append(slot)
-            arena.give(slot.offset, slot.nbytes)
-            if arena.fits(nbytes):
+            arena.give(slot.extents)
+            if arena.fits(nbytes, piece):
                 return victims
         return None

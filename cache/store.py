@@ -172,4 +172,5 @@ class AdapterStore:
             disk_bytes=self._sources[key.source].disk_bytes(key),
             target_modules=adapter.spec.target_modules,
             tier=Tier.DISK if self._host.get(key) is None else Tier.HOST,
+            piece_bytes=adapter.form.piece_bytes,
         )

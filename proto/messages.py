@@ -90,7 +90,8 @@ class AdapterMove:
 
     key: AdapterKey
     slot: int
-    arena_offset: int
+    extent_offsets: list[int]
+    extent_bytes: list[int]
 
 
 @dataclass(slots=True)
@@ -144,6 +145,7 @@ class AdapterInfo:
     disk_bytes: int
     target_modules: list[str]
     tier: Tier
+    piece_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,11 @@ class Adapter:
         return self.info.packed_bytes
 
     @property
+    def piece_bytes(self) -> int:
+        """What must lie in one piece in the arena, at most."""
+        return self.info.piece_bytes or self.nbytes
+
+    @property
     def is_pinned(self) -> bool:
         """Whether the key's host copy, of this content or the previous one, must stay."""
         return self.num_pins > 0 or (self.previous is not None and self.previous.is_pinned)

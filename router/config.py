@@ -52,6 +52,19 @@ class RouterConfig:
         100, "busiest adapters that have metrics of their own; the others share one label, other"
     )
     max_concurrent_requests: int = flag(1024, "requests in the service at once; more get 429")
+    max_waiting_per_adapter: int = flag(
+        0,
+        "requests of one adapter, or of the base model, that may wait for its fetch or for a row; "
+        "more get 429; 0 = no limit",
+    )
+    max_running_per_adapter: int = flag(
+        0, "sequences of one adapter, or of the base model, that may run at once; 0 = no limit"
+    )
+    priority_ageing_seconds: float = flag(
+        10.0,
+        "a line of waiting requests none of which started for this long counts as one priority "
+        "better, so that no priority waits forever",
+    )
     request_timeout: float = flag(
         0.0,
         "seconds a request may take, queueing and adapter fetch included, before it ends with 504; "
@@ -81,6 +94,9 @@ class RouterConfig:
     def __post_init__(self) -> None:
         check_range("port", self.port, 0, 65535)
         check_range("max_concurrent_requests", self.max_concurrent_requests, 1, 1 << 20)
+        check_range("max_waiting_per_adapter", self.max_waiting_per_adapter, 0, 1 << 20)
+        check_range("max_running_per_adapter", self.max_running_per_adapter, 0, 1 << 20)
+        check_range("priority_ageing_seconds", self.priority_ageing_seconds, 0.001, 86_400)
         check_range("metrics_max_adapters", self.metrics_max_adapters, 0, 10_000)
         check_range("request_timeout", self.request_timeout, 0, 86_400)
         check_range("adapter_failure_seconds", self.adapter_failure_seconds, 0, 86_400)

@@ -76,11 +76,11 @@ class AdapterControl:
 
     def check_device_room(self, adapter: Adapter) -> None:
         """Raises NoAdapterRoom if the adapter can never be on the device because of pins."""
-        room = self._device.ledger.room
+        room = self._device.ledger.room(adapter.piece_bytes)
         if adapter.nbytes > room and self._device.ledger.find(adapter) is None:
             raise NoAdapterRoom(
                 f"adapter {adapter.key} takes {adapter.nbytes} bytes on the device, more than the "
-                f"{room} in one piece that pinned adapters leave"
+                f"{room} that pinned adapters leave it"
             )
 
     def _check_room(self, adapter: Adapter, tier: Tier) -> None:
@@ -92,13 +92,16 @@ class AdapterControl:
             _check("host memory", adapter, needed, host.room)
         slot = slots.find(adapter)
         if tier is Tier.DEVICE and not (slot and slot.is_kept):
-            _check("the device", adapter, self._needed_on_device(in_use), slots.room)
+            others = self._without_place(in_use)
+            needed = max((a.nbytes for a in others), default=0)
+            piece = max(a.piece_bytes for a in [adapter, *others])
+            _check("the device", adapter, needed, slots.room(piece))
 
-    def _needed_on_device(self, adapters: list[Adapter]) -> int:
-        """The largest that does not have a place of its own there, in bytes."""
+    def _without_place(self, adapters: list[Adapter]) -> list[Adapter]:
+        """Those that do not have a place of their own on the device."""
         slots = (self._device.ledger.find(adapter) for adapter in adapters)
         pairs = zip(adapters, slots, strict=True)
-        return max((a.nbytes for a, slot in pairs if not (slot and slot.is_kept)), default=0)
+        return [adapter for adapter, slot in pairs if not (slot and slot.is_kept)]
 
     async def _keep_on_device(self, adapter: Adapter) -> None:
         slots = self._device.ledger
@@ -106,11 +109,11 @@ class AdapterControl:
         slots.keep(adapter)
         # Where the slot lies was not known before: it may cut the rest in pieces.
         in_use = [a for a in self._directory if a.num_pins and a is not adapter]
-        if self._needed_on_device(in_use) > slots.room:
+        if any(a.nbytes > slots.room(a.piece_bytes) for a in self._without_place(in_use)):
             slots.unkeep(adapter)
             raise NoAdapterRoom(
-                f"pinning {adapter.key} on the device would leave {slots.room} bytes in one piece, "
-                "too few for an adapter of a request under way; try again"
+                f"pinning {adapter.key} on the device would cut what is left into pieces too short "
+                "for an adapter of a request under way; try again"
             )
 
     async def _to_device(self, adapter: Adapter) -> None:

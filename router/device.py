@@ -62,9 +62,10 @@ class DeviceSlots:
         """
         # The copy is ordered after every step already sent, so a slot whose last sequence has just
         # ended can be overwritten although a step in flight still computes with it.
-        slot = self.ledger.bind(adapter, adapter.nbytes, wanted)
+        slot = self.ledger.bind(adapter, adapter.nbytes, wanted, adapter.piece_bytes)
         if slot is not None:
-            step.plan.moves.append(AdapterMove(adapter.key, slot.number, slot.offset))
+            offsets, nbytes = map(list, zip(*slot.extents, strict=True))
+            step.plan.moves.append(AdapterMove(adapter.key, slot.number, offsets, nbytes))
             self._loading[slot.number] = (adapter.pin(), now)
 
     def may_load(self, adapter: Adapter, step: Step) -> bool:

@@ -19,6 +19,7 @@ from lorafleet.router.control import AdapterControl
 from lorafleet.router.errors import InvalidRequest, RequestError, ShardLost
 from lorafleet.router.failure_memory import FailureMemory
 from lorafleet.router.generation import Generation
+from lorafleet.router.queue_limit import QueueLimit
 from lorafleet.router.request import GenerationRequest, TokenEvent
 from lorafleet.router.scheduler import Scheduler, SchedulerLimits
 from lorafleet.router.sequence import Sequence
@@ -45,7 +46,9 @@ class Engine:
         activity: Activity | None = None,
         failures: FailureMemory | None = None,
         access: AccessMemory | None = None,
+        max_waiting: int = 0,
     ) -> None:
+        """`max_waiting`: requests of one adapter that may wait, 0 = any number."""
         self.info: ShardInfo = shards.info
         self.failed = asyncio.Event()
         self.failure: ShardLost | None = None
@@ -57,6 +60,7 @@ class Engine:
             shards, device.ledger.capacity, device.forget, self.activity, failures, access
         )
         self._generations: dict[Sequence, Generation] = {}
+        self._queue_limit = QueueLimit(max_waiting, self._count_waiting, self._waited)
         self._tickets = count()
         self._work = asyncio.Event()  # the loop has something to look at
         self.control = AdapterControl(self._directory, device, self._work.set)
@@ -71,11 +75,16 @@ class Engine:
         Raises ShardLost if a shard is not ready in time, ValueError if they are not one group.
         """
         shards = await ShardGroup.connect(config.shards, config.shard_connect_seconds)
-        limits = SchedulerLimits(config.prefill_chunk_tokens, config.prefix_caching)
+        limits = SchedulerLimits(
+            config.prefill_chunk_tokens,
+            config.prefix_caching,
+            max_running=config.max_running_per_adapter,
+            ageing_seconds=config.priority_ageing_seconds,
+        )
         activity = Activity(config.metrics_max_adapters)
         failures = FailureMemory(config.adapter_failure_seconds)
         access = AccessMemory(config.adapter_access_ttl)
-        engine = cls(shards, limits, activity, failures, access)
+        engine = cls(shards, limits, activity, failures, access, config.max_waiting_per_adapter)
         try:
             await engine._directory.start()
         except BaseException:
@@ -95,12 +104,13 @@ class Engine:
         """Fetches the request's adapter, if it names one, and queues the request.
 
         Raises InvalidRequest for sizes this group cannot hold, AdapterError or Overloaded for what
-        an adapter's fetch can say, DeadlineExceeded, ShardLost.
+        an adapter's fetch or a full queue can say, DeadlineExceeded, ShardLost.
         """
         submitted_at = time.monotonic()
         self._check_request(request)
         self._check_alive()
-        pin = await self._acquire(request)
+        with self._queue_limit.enter(request.adapter):
+            pin = await self._acquire(request)
         self._check_alive()
         adapter = pin.adapter if pin is not None else None
         sequence = Sequence(next(self._tickets), request, adapter, submitted_at)
@@ -260,6 +270,17 @@ class Engine:
                 f"the KV cache holds {num_cached})",
                 "max_new_tokens",
             )
+
+    def _count_waiting(self, key: AdapterKey | None) -> int:
+        adapter = self._directory.find(key) if key is not None else None
+        if key is not None and adapter is None:
+            return 0
+        return self._scheduler.waiting.count(adapter)
+
+    def _waited(self, key: AdapterKey | None) -> float:
+        adapter = self._directory.find(key) if key is not None else None
+        oldest = self._scheduler.waiting.oldest(adapter)
+        return time.monotonic() - oldest.submitted_at if oldest is not None else 0.0
 
     def _status(self, adapter: Adapter) -> AdapterStatus:
         slot = self._scheduler.device.slot_of(adapter)

@@ -16,6 +16,7 @@ from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, check_string
 from lorafleet.router.generation import Generation
 from lorafleet.router.merged_adapters import read_adapter_or_merge
+from lorafleet.router.priority import read_priority
 from lorafleet.router.prompt import (
     fit,
     max_prompt_tokens,
@@ -47,6 +48,7 @@ class LoraxCall:
     ignore_eos: bool
     return_full_text: bool
     deadline: Deadline
+    priority: int
     api_token: str = field(repr=False)
 
     @property
@@ -82,6 +84,7 @@ class LoraxCall:
                 ignore_eos=self.ignore_eos,
                 api_token=self.api_token,
                 deadline=self.deadline,
+                priority=self.priority,
             )
             for index in range(self.best_of)
         ]
@@ -119,6 +122,7 @@ def read_call(
         ignore_eos=fields.boolean("ignore_eos_token"),
         return_full_text=fields.boolean("return_full_text"),
         deadline=read_deadline(fields, config),
+        priority=read_priority(fields),
         api_token=read_api_token(fields, adapter, headers),
     )
     _check_combinations(call)

@@ -19,6 +19,7 @@ from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, check_string
 from lorafleet.router.generation import Generation
 from lorafleet.router.merged_adapters import read_adapter_or_merge
+from lorafleet.router.priority import read_priority
 from lorafleet.router.prompt import read_api_token
 from lorafleet.router.request import FinishReason, GenerationRequest
 from lorafleet.router.sampling import Sampling, read_sampling
@@ -51,6 +52,7 @@ class OpenAiCall:
     stream: bool
     include_usage: bool
     deadline: Deadline
+    priority: int
     api_token: str = field(repr=False)
 
 
@@ -132,6 +134,7 @@ def read_call(
         stream=stream,
         include_usage=stream and options.boolean("include_usage"),
         deadline=read_deadline(fields, config),
+        priority=read_priority(fields),
         api_token=read_api_token(fields, adapter, headers),
     )
 

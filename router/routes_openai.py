@@ -153,6 +153,7 @@ def _requests(
             ignore_eos=call.ignore_eos,
             api_token=call.api_token,
             deadline=call.deadline,
+            priority=call.priority,
         )
         for index in range(call.best_of)
     ]

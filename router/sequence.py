@@ -35,7 +35,8 @@ class Sequence:
     started_at: float = 0.0  # first planned
     first_token_at: float = 0.0
     prompt_logprobs: list[float] = field(default_factory=list)  # of prompt token 1, 2, ...
-    overtaken: int = 0  # younger sequences admitted while it was the oldest without a slot
+    overtaken: int = 0  # others that started after its turn had come without a slot for it
+    num_paid: int = 0  # positions at the front that its adapter's share has paid for
 
     # What it holds while running.
     row: int = -1
@@ -56,6 +57,11 @@ class Sequence:
     def namespace(self) -> Namespace:
         """Within it, equal tokens have equal KV."""
         return (self.adapter.info.digest if self.adapter else "", self.request.cache_salt)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has a row."""
+        return self.status is Status.RUNNING
 
     @property
     def is_prefilling(self) -> bool:

@@ -65,11 +65,9 @@ class Step:
         self.budget -= token_count
         rows.append(Row(sequence, sequence.slot, sequence.row, first, token_count, samples, pages))
 
-    def start(self, sequence: Sequence, max_chunk: int) -> None:
-        """A newly admitted sequence takes its row, with its lease's pages and its first chunk."""
-        assert sequence.lease is not None
+    def start(self, sequence: Sequence) -> None:
+        """A newly admitted sequence takes its row; its first chunk must follow."""
         self.plan.starts.append(sequence.start())
-        self.add_chunk(sequence, max_chunk, sequence.lease.pages)
 
     def add_chunk(self, sequence: Sequence, max_chunk: int, pages: list[int]) -> None:
         """As many of the sequence's known tokens as chunk size and budget allow."""

@@ -116,7 +116,8 @@ class Worker:
         """Queues a step's work; on CPU this is the work itself."""
         launched = Launched(stream, plan, time.perf_counter())
         for move in plan.moves:
-            self._adapters.begin_move(self._store.host(move.key), move.slot, move.arena_offset)
+            extents = list(zip(move.extent_offsets, move.extent_bytes, strict=True))
+            self._adapters.begin_scattered(self._store.host(move.key), move.slot, extents)
         for start in plan.starts:
             self._rows.begin(start)
         self._rows.append_pages(plan)

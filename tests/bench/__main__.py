@@ -1,7 +1,8 @@
-"""The benchmarks of docs/benchmarks.md: `python -m tests.bench peft|demo|router|profile`.
+"""The benchmarks of docs/benchmarks.md: `python -m tests.bench NAME ...`.
 
 peft: a random 34 M Llama, 8 adapters, one shard, against transformers + peft. demo: the same with
 the demo model and two shards. router: the router over a fake shard. profile: where its time goes.
+starvation: a lone request beside 500 for another adapter. arena: the device arena under churn.
 Each prints one JSON line.
 """
 
@@ -17,20 +18,26 @@ from rich.console import Console
 from lorafleet.deploy.bench.report import commit
 from lorafleet.deploy.demo.build import DEFAULT_DIR, build
 from lorafleet.deploy.demo.recipe import ADAPTERS
-from tests.bench import random_llama, router_alone
+from tests.bench import arena_churn, random_llama, router_alone, starvation
 from tests.bench.versus_peft import Case, compare
 
 
 def main() -> None:
-    """Runs the benchmarks that are named, all but the profile without names."""
+    """Runs the benchmarks that are named, the first three without names."""
     parser = ArgumentParser("python -m tests.bench", description=__doc__)
-    known = ("peft", "demo", "router", "profile")
+    known = ("peft", "demo", "router", "profile", "starvation", "arena")
     parser.add_argument("names", nargs="*", choices=[*known, []], default=list(known[:3]))
     for name in parser.parse_args().names:
         if name == "profile":
             print(router_alone.profile())
         else:
-            numbers = {"peft": _peft, "demo": _demo, "router": router_alone.measure}[name]()
+            numbers = {
+                "peft": _peft,
+                "demo": _demo,
+                "router": router_alone.measure,
+                "starvation": _starvation,
+                "arena": arena_churn.measure,
+            }[name]()
             print(json.dumps(numbers | {"commit": commit()}))
 
 
@@ -45,6 +52,11 @@ def _demo() -> dict[str, object]:
     build(DEFAULT_DIR, Console(stderr=True))
     names = tuple(recipe.names[0] for recipe in ADAPTERS)
     return compare(Case("demo model", DEFAULT_DIR, names, num_shard=2))
+
+
+def _starvation() -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as folder:
+        return starvation.measure(Path(folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A random Llama of 34 million parameters and eight adapters, as Hugging Face folders."""
+"""A random Llama, of 34 million parameters unless told, and eight adapters, as folders."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ NUM_ADAPTERS = 8
 RANK = 8
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, hidden_size: int = 512, num_layers: int = 8) -> None:
     """Writes `folder`/model and `folder`/adapters/a0 .. a7 (rank 8, every linear layer)."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(_config())
+    model = LlamaForCausalLM(_config(hidden_size, num_layers))
     model.save_pretrained(folder / "model")
     _tokenizer().save(str(folder / "model" / "tokenizer.json"))
     for number in range(NUM_ADAPTERS):
@@ -30,13 +30,13 @@ def write(folder: Path) -> None:
         model = adapted.unload()
 
 
-def _config() -> LlamaConfig:
+def _config(hidden_size: int, num_layers: int) -> LlamaConfig:
     """Weights spread wide (initializer_range), so that the best next token wins clearly."""
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=1024,

@@ -60,6 +60,34 @@ def test_a_slots_parts_are_read_in_the_arena_and_go_with_it(device: str) -> None
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_scattered_move_brings_every_piece(device: str) -> None:
+    """What a row names in the arena is what it names in the buffer."""
+    tier, layout = open_tier(device), tiny_layout()
+    form = plan_form({Q0: 3, O1: 7}, layout, 4, {"extra": (3, 5)})
+    packed = allocate(form, torch.float32, pin=device == "cuda")
+    packed.buffer.copy_(torch.arange(packed.buffer.numel()))
+    o1 = form.rows[5]
+    extents = [(4096, 4 * o1[0]), (512, 4 * (form.parts[0].offset - o1[0])), (256, 256)]
+    with torch.inference_mode():
+        tier.begin_scattered(packed, 2, extents)
+        tier.wait({2})
+        arena, table = tier.arena.cpu(), tier.table[2].tolist()
+        extra = tier.parts(2)["extra"].cpu()
+    for row, placed, site in zip(form.rows, table, layout.sites, strict=True):
+        assert [placed[1], *placed[2::2]] == [row[1], *row[2::2]], "ranks stay"
+        for start, there, length in [
+            (row[0], placed[0], row[1] * site.in_local),
+            *((row[3 + 2 * i], placed[3 + 2 * i], row[2 + 2 * i] * target.out_local)
+              for i, target in enumerate(site.targets)),
+        ]:  # fmt: skip
+            assert torch.equal(arena[there : there + length], packed.buffer[start : start + length])
+    assert table[5][0] == 128
+    start = form.parts[0].offset
+    assert torch.equal(extra, torch.arange(start, start + 15).view(3, 5).float())
+    assert torch.equal(arena[64:79], extra.flatten())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_move_brings_bytes_and_rows(device: str) -> None:
     tier = open_tier(device)
     first, second = adapter(device, 1.0), adapter(device, 2.0, {O1: 7})
@@ -73,8 +101,9 @@ def test_a_move_brings_bytes_and_rows(device: str) -> None:
     assert drain(tier, 2) == [1, 3]
     assert tier.take_ready() == []
     start = first.nbytes // 4
-    assert table[1].tolist() == [list(row) for row in first.form.rows_at(0)]
-    assert table[3].tolist() == [list(row) for row in second.form.rows_at(start)]
+    assert table[1].tolist() == [list(row) for row in first.form.rows]
+    placed = second.form.place([(start, second.form.num_elements)])
+    assert table[3].tolist() == [list(row) for row in placed.rows]
     assert not table[0].any()
     assert not table[2].any()
     o_site = tier.site(5)

@@ -42,9 +42,25 @@ def test_blocks_are_aligned_and_ranks_are_true() -> None:
 
 def test_rows_move_with_the_buffer() -> None:
     form = plan_form({Q0: 3, K0: 5}, tiny_layout(), 2)
-    rows = form.rows_at(1280)
+    rows = form.place([(1280, form.num_elements)]).rows
     assert rows[0] == (1280, 8, 3, 1280 + 256, 5, 1280 + 384, 0, 0)
     assert rows[1] == EMPTY_ROW
+
+
+def test_a_buffer_is_cut_between_blocks_only() -> None:
+    ranks = {Q0: 3, K0: 5, "model.layers.0.mlp.down_proj": 2}
+    form = plan_form(ranks, tiny_layout(), 4, {"extra": (100,)})
+    (a, _, _, b_q, _, b_k, _, _), down = form.rows[0], form.rows[3]
+    assert form.piece_bytes == 4 * max(b_q - a, b_k - b_q, down[0] - b_k, down[3] - down[0])
+    rest = form.num_elements - b_k
+    placement = form.place([(4096, b_k + 64), (1024, rest)])
+    assert placement.runs == ((0, b_k, 4096), (b_k, form.num_elements, 1024))
+    assert placement.rows[0] == (4096, 8, 3, 4096 + b_q, 5, 1024, 0, 0)
+    assert placement.rows[1] == EMPTY_ROW
+    assert placement.rows[3][0] == 1024 + down[0] - b_k
+    assert placement.parts[0].offset == 1024 + form.parts[0].offset - b_k
+    with pytest.raises(ValueError, match="too short"):
+        form.place([(4096, b_k + 64), (1024, rest - 64)])
 
 
 def with_part(
@@ -68,7 +84,8 @@ def test_a_part_is_built_of_whole_tensors_and_lies_behind_the_sites(tmp_path: Pa
     assert part.offset + 64 == packed.form.num_elements
     found = packed.buffer[part.offset : part.offset + 6].view(2, 3)
     torch.testing.assert_close(found, a[:2, :3] + b[:2, :3])
-    assert packed.form.parts_at(64)[0].offset == part.offset + 64
+    placement = packed.form.place([(64, packed.form.num_elements)])
+    assert placement.parts[0].offset == part.offset + 64
 
 
 def test_a_part_that_comes_out_not_finite_is_refused(tmp_path: Path) -> None:

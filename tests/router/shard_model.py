@@ -32,8 +32,7 @@ class ModelSlot:
     """One bound slot."""
 
     key: AdapterKey
-    start: int
-    stop: int
+    extents: list[tuple[int, int]]  # start, stop
     is_ready: bool = False
 
 
@@ -90,13 +89,15 @@ class ShardModel:
             self.num_moves += 1
             assert 1 <= move.slot <= self.info.num_slots
             assert move.slot not in plan.slots, "a slot is used in the step that loads it"
-            assert move.arena_offset % self.info.arena_alignment == 0
-            stop = move.arena_offset + self.sizes[move.key]
-            assert stop <= self.info.arena_bytes
-            taken = ModelSlot(move.key, move.arena_offset, stop)
+            extents = list(zip(move.extent_offsets, move.extent_bytes, strict=True))
+            unit = self.info.arena_alignment
+            assert all(offset % unit == size % unit == 0 for offset, size in extents)
+            assert sum(size for _, size in extents) >= self.sizes[move.key]
+            assert all(offset + size <= self.info.arena_bytes for offset, size in extents)
+            taken = ModelSlot(move.key, [(offset, offset + size) for offset, size in extents])
             self.slots.pop(move.slot, None)
             for number, other in list(self.slots.items()):
-                if other.start < taken.stop and taken.start < other.stop:
+                if _overlap(other.extents, taken.extents):
                     assert other.is_ready, "bytes are taken while they are being copied to"
                     del self.slots[number]  # overwritten: no row may use it again
             self.slots[move.slot] = taken
@@ -168,3 +169,7 @@ class ShardModel:
             return None
         assert self.slots[number].is_ready, "a slot is used before its copy is reported"
         return self.slots[number].key
+
+
+def _overlap(some: list[tuple[int, int]], others: list[tuple[int, int]]) -> bool:
+    return any(a < stop and start < b for a, b in some for start, stop in others)

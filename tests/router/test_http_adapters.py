@@ -165,7 +165,7 @@ async def test_a_device_pin_leaves_room_for_requests_under_way() -> None:
         assert (await waiting).status == 200
         await service.json("/v1/adapters", pin)
         refused = await service.json("/generate", body, status=507)
-        assert "in one piece that pinned adapters leave" in refused["error"]
+        assert "that pinned adapters leave it" in refused["error"]
 
 
 async def test_drop_waits_for_requests_and_the_next_one_loads_anew() -> None:

@@ -15,6 +15,7 @@ from tests.fake_model import EOS_ID, FakeModel
 from tests.router.helpers import UNIT, Driver, make_adapter, make_info, make_request
 
 ADAPTER_UNITS = [1, 1, 2, 3, 5, 8]
+PIECE_UNITS = [0, 1, 1, 2, 1, 3]  # of the largest piece, 0 = all
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Arrival:
     salt: str
     prompt_logprobs: bool
     leaves_after: int  # turns, 0 = stays
+    priority: int
 
 
 STEMS: list[list[int]] = [[], [7] * 9, [7] * 17, [*range(10, 26)]]
@@ -45,6 +47,7 @@ def make_arrivals(seed: int, count: int, window: int) -> list[Arrival]:
             salt=random.choice(["", "", "other"]),
             prompt_logprobs=random.random() < 0.2,
             leaves_after=random.choice([0, 0, 0, 0, random.randint(1, 20)]),
+            priority=random.choice([0, 0, 0, -3, 2]),
         )
         for _ in range(count)
     ]
@@ -63,6 +66,8 @@ def make_arrivals(seed: int, count: int, window: int) -> list[Arrival]:
     arena_units=st.integers(max(ADAPTER_UNITS), 12),
     chunk_tokens=st.integers(0, 7),
     max_overtakes=st.integers(1, 4),
+    max_running=st.integers(0, 3),
+    quantum_tokens=st.sampled_from([1, 16, 1024]),
     run_ahead=st.integers(0, 1),
     prefix_caching=st.booleans(),
     eos_after=st.integers(0, 12),
@@ -77,6 +82,8 @@ def test_every_sequence_gets_its_own_tokens_and_leaves_nothing(
     arena_units: int,
     chunk_tokens: int,
     max_overtakes: int,
+    max_running: int,
+    quantum_tokens: int,
     run_ahead: int,
     prefix_caching: bool,
     eos_after: int,
@@ -90,10 +97,15 @@ def test_every_sequence_gets_its_own_tokens_and_leaves_nothing(
         num_slots=num_slots,
         arena_bytes=arena_units * UNIT + 100,
     )
-    adapters = [make_adapter(f"adapter-{i}", units) for i, units in enumerate(ADAPTER_UNITS)]
+    adapters = [
+        make_adapter(f"adapter-{i}", units, piece)
+        for i, (units, piece) in enumerate(zip(ADAPTER_UNITS, PIECE_UNITS, strict=True))
+    ]
     driver = Driver(
         info,
-        SchedulerLimits(chunk_tokens, prefix_caching, max_overtakes),
+        SchedulerLimits(
+            chunk_tokens, prefix_caching, max_overtakes, max_running, quantum_tokens, 4.0
+        ),
         FakeModel(eos_after=eos_after),
         adapters,
         run_ahead,
@@ -129,6 +141,7 @@ def play(driver: Driver, arrivals: list[Arrival]) -> list[tuple[Arrival, Sequenc
                 arrival.prompt,
                 arrival.max_new_tokens,
                 salt=arrival.salt,
+                priority=arrival.priority,
                 prompt_logprobs=arrival.prompt_logprobs,
             )
             adapter = driver.adapters[arrival.adapter] if arrival.adapter >= 0 else None

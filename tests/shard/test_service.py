@@ -184,7 +184,11 @@ def test_an_adapter_climbs_the_tiers_and_acts(shard: Shard) -> None:
     assert updates[-1].info.tier == Tier.HOST
     oracle = Oracle(shard.model, shard.adapters, [KEY.id])
     stream = Stream(shard)
-    loaded = stream.step(StepPlan(1, moves=[AdapterMove(KEY, 5, 256)]))
+    info = updates[-1].info
+    assert 0 < info.piece_bytes < info.packed_bytes // 2
+    half = info.packed_bytes // 512 * 256 + info.piece_bytes  # it must be cut somewhere
+    move = AdapterMove(KEY, 5, [256 + 2 * half, 256], [half, half])
+    loaded = stream.step(StepPlan(1, moves=[move]))
     assert loaded.ready_slots == [5]
     assert generate(stream, 6, slot=5) == oracle.answer(PROMPT, KEY.id, 6)
     assert generate(stream, 6) == oracle.answer(PROMPT, None, 6)
@@ -263,7 +267,9 @@ def test_an_error_in_the_compute_loop_ends_the_process(shard: Shard, tmp_path: P
             own = replace(shard, process=process, channel=channel)
             stream = Stream(replace(own, stub=shard_pb2_grpc.ShardStub(channel)))
             with pytest.raises(grpc.RpcError):  # an adapter that is not in host memory
-                stream.step(StepPlan(1, moves=[AdapterMove(AdapterKey("local", "x"), 1, 0)]))
+                stream.step(
+                    StepPlan(1, moves=[AdapterMove(AdapterKey("local", "x"), 1, [0], [256])])
+                )
         assert process.wait(30) == 1
         assert process.stderr is not None
         assert b"step 1 failed: 0 starts, 1 moves" in process.stderr.read()
