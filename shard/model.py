@@ -1,8 +1,9 @@
 """Decoder: transformers' own modelling over this rank's slice of the weights.
 
 The model is built on the meta device from a config that names this rank's heads and columns only;
-its linears and its embedding are swapped for the tensor-parallel ones of `layers`, and the weights
-are then streamed from the checkpoint straight into place. A rank never holds the whole model.
+its linears and its embedding are swapped for the tensor-parallel ones of `layers` and `vocabulary`,
+and the weights are then streamed from the checkpoint straight into place. A rank never holds the
+whole model.
 """
 
 from __future__ import annotations
@@ -32,10 +33,9 @@ from lorafleet.shard.layers import (
     LoraState,
     RowSite,
     Site,
-    VocabEmbedding,
-    VocabHead,
 )
 from lorafleet.shard.partition import MERGED, Interval, Partition
+from lorafleet.shard.vocabulary import VocabEmbedding, VocabHead
 
 # Families whose tokens are proven equal to transformers + peft by the tests.
 SUPPORTED = (
