@@ -15,6 +15,7 @@ from lorafleet.cache.packed_form import PackedForm, plan_form
 from lorafleet.cache.parts import PartSpec
 from lorafleet.cache.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfig, parse_config
 from lorafleet.cache.safetensors_file import TensorRef, read_header
+from lorafleet.cache.vocabulary_parts import is_vocabulary, vocabulary_parts
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -53,16 +54,19 @@ class AdapterSpec:
     states: tuple[FileState, ...]  # of config and weights when they were read
     modules: dict[str, ModuleSpec]  # by full module name
     parts: tuple[PartSpec, ...] = ()
+    num_tokens: int = 0  # of the embedding, where the adapter changes it; 0 = the base's
 
     @property
     def rank(self) -> int:
-        """The largest rank of any module."""
-        return max(module.rank for module in self.modules.values())
+        """The largest rank of any module, 0 without LoRA."""
+        ranks = [module.rank for module in self.modules.values()]
+        return max([*ranks, *(part.rank for part in self.parts)], default=0)
 
     @property
     def target_modules(self) -> list[str]:
-        """Distinct last parts of the module names, sorted."""
-        return sorted({name.rpartition(".")[2] for name in self.modules})
+        """Distinct last parts of the names of all modules the adapter changes, sorted."""
+        names = {*self.modules, *(part.module for part in self.parts if part.module)}
+        return sorted({name.rpartition(".")[2] for name in names})
 
     @property
     def nbytes(self) -> int:
@@ -91,8 +95,10 @@ def read_spec(directory: Path, layout: ModelLayout) -> AdapterSpec:
         tensors = read_header(directory / WEIGHTS_FILE)
     except OSError as error:
         raise unreadable(error) from None
-    modules = _modules(_pairs(tensors), config, layout)
-    return AdapterSpec(directory, states, modules)
+    linear, vocabulary = _split(tensors)
+    modules = _modules(_pairs(linear), config, layout)
+    parts, num_tokens = vocabulary_parts(vocabulary, config, layout.vocabulary)
+    return AdapterSpec(directory, states, modules, parts, num_tokens)
 
 
 def file_states(directory: Path) -> tuple[FileState, ...]:
@@ -141,6 +147,22 @@ def _state(directory: Path, name: str) -> FileState:
     return FileState(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+def _split(
+    tensors: dict[str, TensorRef],
+) -> tuple[dict[str, TensorRef], dict[str, TensorRef]]:
+    """Tensors of linear layers by full name, and the vocabulary's without peft's prefix."""
+    if not tensors:
+        raise AdapterUnservable(f"{WEIGHTS_FILE} holds no tensors.")
+    linear, vocabulary = {}, {}
+    for name, tensor in tensors.items():
+        inner = name.removeprefix(_PREFIX)
+        if name.startswith(_PREFIX) and is_vocabulary(inner):
+            vocabulary[inner] = tensor
+        else:
+            linear[name] = tensor
+    return linear, vocabulary
+
+
 def _pairs(tensors: dict[str, TensorRef]) -> dict[str, dict[str, TensorRef]]:
     """Module name -> its tensors under "A" and "B"."""
     pairs: dict[str, dict[str, TensorRef]] = {}
@@ -153,8 +175,6 @@ def _pairs(tensors: dict[str, TensorRef]) -> dict[str, dict[str, TensorRef]]:
             )
         module = name.removeprefix(_PREFIX).removesuffix(suffix)
         pairs.setdefault(module, {})[_SUFFIXES[suffix]] = tensor
-    if not pairs:
-        raise AdapterUnservable(f"{WEIGHTS_FILE} holds no tensors.")
     return pairs
 
 

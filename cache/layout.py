@@ -62,11 +62,22 @@ class LoraSite:
 
 
 @dataclass(frozen=True, slots=True)
+class VocabularyLayout:
+    """The base model's embedding and output layer, and the entries this rank holds of both."""
+
+    size: int
+    hidden_size: int
+    held: Interval
+    is_tied: bool  # one weight serves both
+
+
+@dataclass(frozen=True, slots=True)
 class ModelLayout:
     """Every site of the served model, in the order of the slot table's second axis."""
 
     model_id: str
     sites: tuple[LoraSite, ...]
+    vocabulary: VocabularyLayout
 
     def targets(self) -> dict[str, TargetModule]:
         """Every target by its name."""

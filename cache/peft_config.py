@@ -9,6 +9,7 @@ from typing import Any
 
 from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.patterns import ModulePatterns
+from lorafleet.cache.vocabulary_config import VocabularyConfig, parse_vocabulary
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -18,10 +19,8 @@ MAX_RANK = 512
 _UNSERVED_FIELDS = (
     "use_dora",
     "lora_bias",
-    "modules_to_save",
     "layer_replication",
     "alora_invocation_tokens",
-    "trainable_token_indices",
     "target_parameters",
     "use_qalora",
     "use_bdlora",
@@ -43,6 +42,7 @@ class PeftConfig:
     use_rslora: bool
     rank_pattern: ModulePatterns
     alpha_pattern: ModulePatterns
+    vocabulary: VocabularyConfig
 
     def rank_of(self, module: str) -> int:
         """The rank peft gives this module."""
@@ -73,6 +73,7 @@ def parse_config(data: bytes) -> PeftConfig:
         alpha_pattern=ModulePatterns(
             "alpha_pattern", {key: _number("alpha_pattern", value) for key, value in alphas.items()}
         ),
+        vocabulary=parse_vocabulary(config),
     )
 
 

@@ -7,7 +7,7 @@ over the ranks. LoRA is added before that sum, so an adapter costs no extra coll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from lorafleet.kernels.lora.op import LoraBatch, Pending, lora_product
 from lorafleet.kernels.lora.weights import SiteWeights
 from lorafleet.shard.group import Group
 
+Segments = Sequence[tuple[int, int, int]]  # (slot, start, stop) of runs of rows
+
 
 class SlotParts(NamedTuple):
     """A run of tokens whose adapter has parts."""
@@ -26,6 +28,17 @@ class SlotParts(NamedTuple):
     tensors: Mapping[str, torch.Tensor]  # by name, on the device
     start: int
     stop: int
+
+
+def slot_parts(
+    segments: Segments, parts_of: Callable[[int], Mapping[str, torch.Tensor]]
+) -> tuple[SlotParts, ...]:
+    """Of these runs those whose adapter has parts; `parts_of` gives a slot's."""
+    return tuple(
+        SlotParts(tensors, start, stop)
+        for slot, start, stop in segments
+        if (tensors := parts_of(slot))
+    )
 
 
 class LoraState:
@@ -43,11 +56,7 @@ class LoraState:
     ) -> None:
         """A forward over the rows of `batch` begins; `parts_of` gives a slot's parts."""
         self.batch = batch
-        self.parts = tuple(
-            SlotParts(tensors, start, stop)
-            for slot, start, stop in batch.segments
-            if (tensors := parts_of(slot))
-        )
+        self.parts = slot_parts(batch.segments, parts_of)
 
 
 class Site(nn.Module):

@@ -15,6 +15,9 @@ import torch
 from lorafleet.proto.messages import SamplingParams
 from lorafleet.shard.transfers import to_device
 
+# OpenAI's number for what cannot be: a finite one, as JSON has no others.
+LOWEST_LOGPROB = -9999.0
+
 _MASK64 = (1 << 64) - 1
 
 
@@ -63,7 +66,8 @@ def is_greedy(params: SamplingParams) -> bool:
 def top_logprobs(logits: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and log-probabilities of the `num` likeliest tokens, best first: two [S, num]."""
     values, ids = logits.topk(num, dim=-1)
-    return ids, values - torch.logsumexp(logits, dim=-1, keepdim=True)
+    logprobs = values - torch.logsumexp(logits, dim=-1, keepdim=True)
+    return ids, logprobs.clamp_(min=LOWEST_LOGPROB)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -135,8 +139,11 @@ def _draw(
         scores = _keep_typical(scores, _column(scores, [p.typical_p for p in params]))
     cumulative = torch.softmax(scores, dim=-1, dtype=torch.float64).cumsum(dim=-1)
     point = to_device(torch.tensor(uniforms, dtype=torch.float64), scores.device).unsqueeze(1)
-    picked = torch.searchsorted(cumulative, point * cumulative[:, -1:], right=True).squeeze(1)
-    return picked.clamp_(max=scores.shape[1] - 1)
+    total = cumulative[:, -1:]
+    # Below the total also where the product is rounded up to it: no token of probability 0.
+    point = torch.minimum(point * total, torch.nextafter(total, torch.zeros_like(total)))
+    picked = torch.searchsorted(cumulative, point, right=True).squeeze(1)
+    return picked.clamp_(max=scores.shape[1] - 1)  # where they are not finite
 
 
 def _keep_top_k(scores: torch.Tensor, top_k: list[int]) -> torch.Tensor:

@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lorafleet.cache.layout import Interval, LoraSite, ModelLayout, TargetModule
+from lorafleet.cache.layout import (
+    Interval,
+    LoraSite,
+    ModelLayout,
+    TargetModule,
+    VocabularyLayout,
+)
 from lorafleet.proto.flags import Bytes
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 32, 48, 4, 2, 8, 2
+VOCAB = 64
 
 FEATURES = {  # name -> in, out
     "self_attn.q_proj": (HIDDEN, HEADS * HEAD_DIM),
@@ -44,6 +51,9 @@ def tiny_layout(rank: int = 0, world: int = 1) -> ModelLayout:
             )
             for layer in range(LAYERS)
             for names in SITES
+        ),
+        VocabularyLayout(
+            VOCAB, HIDDEN, (rank * VOCAB // world, (rank + 1) * VOCAB // world), is_tied=False
         ),
     )
 
