@@ -15,6 +15,7 @@ from lorafleet.cache.packed_form import PackedForm, plan_form
 from lorafleet.cache.parts import PartSpec
 from lorafleet.cache.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfig, parse_config
 from lorafleet.cache.safetensors_file import TensorRef, read_header
+from lorafleet.cache.tokenizer_files import MAX_TOKENIZER_BYTES, check_size
 from lorafleet.cache.vocabulary_parts import is_vocabulary, vocabulary_parts
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -51,7 +52,7 @@ class AdapterSpec:
     """An adapter that can be served on the layout it was read for."""
 
     directory: Path
-    states: tuple[FileState, ...]  # of config and weights when they were read
+    states: dict[str, FileState]  # of its files, by name, when they were read
     modules: dict[str, ModuleSpec]  # by full module name
     parts: tuple[PartSpec, ...] = ()
     num_tokens: int = 0  # of the embedding, where the adapter changes it; 0 = the base's
@@ -71,7 +72,7 @@ class AdapterSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of the adapter's files."""
-        return sum(state.nbytes for state in self.states)
+        return sum(state.nbytes for state in self.states.values())
 
     def form(self, layout: ModelLayout, itemsize: int) -> PackedForm:
         """Where everything lies once packed, for the layout the spec was read for."""
@@ -101,19 +102,23 @@ def read_spec(directory: Path, layout: ModelLayout) -> AdapterSpec:
     return AdapterSpec(directory, states, modules, parts, num_tokens)
 
 
-def file_states(directory: Path) -> tuple[FileState, ...]:
-    """The state of config and weights. Raises AdapterUnservable when either is missing."""
-    return tuple(_state(directory, name) for name in (CONFIG_FILE, WEIGHTS_FILE))
+def file_states(directory: Path) -> dict[str, FileState]:
+    """The state of config, weights and what there is of a tokenizer.
+
+    Raises AdapterUnservable when config or weights are missing.
+    """
+    tokenizer = [name for name in MAX_TOKENIZER_BYTES if os.path.lexists(directory / name)]
+    return {name: _state(directory, name) for name in (CONFIG_FILE, WEIGHTS_FILE, *tokenizer)}
 
 
 def digest_files(spec: AdapterSpec, progress: Callable[[int], None]) -> str:
-    """sha256 of config and weights, in hex; `progress` gets the bytes done so far.
+    """sha256 of the adapter's files, in hex; `progress` gets the bytes done so far.
 
     Raises AdapterUnservable when a file cannot be read any more.
     """
     digest, done = hashlib.sha256(), 0
     try:
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
+        for name in spec.states:
             with (spec.directory / name).open("rb") as file:
                 while chunk := file.read(_HASH_CHUNK_BYTES):
                     digest.update(chunk)
@@ -144,6 +149,7 @@ def _state(directory: Path, name: str) -> FileState:
         raise AdapterUnservable(f"{name} cannot be read.") from None
     if not stat.S_ISREG(found.st_mode):
         raise AdapterUnservable(f"{name} is not a regular file.")
+    check_size(name, found.st_size)
     return FileState(found.st_ino, found.st_size, found.st_mtime_ns)
 
 

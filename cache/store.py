@@ -18,9 +18,11 @@ from lorafleet.cache.packed_form import PackedForm
 from lorafleet.cache.packing import PackedAdapter, pack
 from lorafleet.cache.sources.catalog import SourceConfig, open_sources
 from lorafleet.cache.sources.source import AdapterSource, Progress
+from lorafleet.cache.tokenizer_files import read_tokenizer
 from lorafleet.proto.messages import (
     AdapterInfo,
     AdapterKey,
+    AdapterTokenizer,
     DropAdapterRequest,
     FetchAdapterRequest,
     FetchProgress,
@@ -43,6 +45,7 @@ class _Adapter:
     spec: AdapterSpec
     form: PackedForm
     digest: str = ""  # empty until the content was read
+    tokenizer_digest: str = ""  # of its own tokenizer; empty where it has none
 
 
 class AdapterStore:
@@ -107,6 +110,15 @@ class AdapterStore:
                     infos.append(self._info(self._glance(key, directory)))
         return infos
 
+    def tokenizer(self, key: AdapterKey) -> AdapterTokenizer:
+        """What the adapter's files say now of its tokenizer. Raises AdapterFault."""
+        with self._locks.hold(key):
+            adapter = self._adapters.get(key)
+            if adapter is None:
+                raise AdapterNotFound(f"{shown(str(key))} is not here any more; fetch it again.")
+            found = read_tokenizer(adapter.spec.directory)
+            return AdapterTokenizer(found.digest, found.tokenizer_json, found.config_json)
+
     def host(self, key: AdapterKey) -> PackedAdapter:
         """The packed adapter, for a move to the device. Raises AdapterNotFound when not at HOST."""
         packed = self._host.get(key)
@@ -141,7 +153,9 @@ class AdapterStore:
             digest = digest_files(
                 adapter.spec, lambda done: progress(FetchProgress("reading", done, total))
             )
-            adapter = self._adapters[key] = replace(adapter, digest=digest)
+            tokenizer = read_tokenizer(directory)
+            adapter = replace(adapter, digest=digest, tokenizer_digest=tokenizer.digest)
+            self._adapters[key] = adapter
         return adapter
 
     def _pack(self, adapter: _Adapter, progress: Progress) -> None:
@@ -166,4 +180,6 @@ class AdapterStore:
             disk_bytes=self._sources[key.source].disk_bytes(key),
             target_modules=adapter.spec.target_modules,
             tier=Tier.DISK if self._host.get(key) is None else Tier.HOST,
+            vocab_size=adapter.spec.num_tokens,
+            tokenizer_digest=adapter.tokenizer_digest,
         )

@@ -60,7 +60,11 @@ class LoraxCall:
         return self.inputs if self.return_full_text else ""
 
     def requests(
-        self, prompt_ids: list[int], config: RouterConfig, info: ShardInfo
+        self,
+        prompt_ids: list[int],
+        eos_token_ids: frozenset[int],
+        config: RouterConfig,
+        info: ShardInfo,
     ) -> list[GenerationRequest]:
         """One per sequence of `best_of`. Raises PromptTooLong."""
         if self.truncate is not None:
@@ -82,6 +86,7 @@ class LoraxCall:
                 ignore_eos=self.ignore_eos,
                 api_token=self.api_token,
                 deadline=self.deadline,
+                eos_token_ids=eos_token_ids,
             )
             for index in range(self.best_of)
         ]

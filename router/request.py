@@ -28,6 +28,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     api_token: str = field(default="", repr=False)  # for the adapter's source
     deadline: Deadline = NEVER
+    eos_token_ids: frozenset[int] | None = None  # None = the base model's
     cache_salt: str = ""  # prefixes are shared only between equal salts
 
 

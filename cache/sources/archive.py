@@ -1,4 +1,4 @@
-"""An adapter's two files out of a tar.gz or zip that nobody vouches for.
+"""An adapter's files out of a tar.gz or zip that nobody vouches for.
 
 Everything is looked at before anything is written, no name in the archive becomes a path, and no
 single read is large, since both formats have headers that claim any size.
@@ -23,6 +23,7 @@ from lorafleet.cache.adapter_files import WEIGHTS_FILE
 from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.peft_config import CONFIG_FILE
 from lorafleet.cache.sources.transfer import disk_faults
+from lorafleet.cache.tokenizer_files import MAX_TOKENIZER_BYTES, check_size
 
 _MAX_MEMBERS = 1000
 _MAX_RATIO = 100  # unpacked to packed; trained weights hardly shrink, an untrained half vanishes
@@ -47,7 +48,7 @@ class _Member:
 
 
 def unpack(archive: Path, directory: Path, max_bytes: int, reserve: Callable[[int], None]) -> int:
-    """Writes config and weights into `directory`; returns their bytes.
+    """Writes the adapter's files into `directory`; returns their bytes.
 
     `reserve` is told those bytes before they are written. Raises AdapterUnservable for an archive
     that is not one, has a link, a device, a path that leads out of it, two files of a name, more
@@ -125,7 +126,7 @@ def _path(name: str) -> PurePosixPath:
 
 
 def _adapter_files(members: list[_Member], limit: int) -> list[_Member]:
-    """Config and weights, in the archive's order."""
+    """Config, weights and what there is of a tokenizer, in the archive's order."""
     by_path = {member.path: member for member in members}
     if len(by_path) < len(members):
         raise AdapterUnservable("The archive has several files of one name.")
@@ -137,7 +138,11 @@ def _adapter_files(members: list[_Member], limit: int) -> list[_Member]:
     for path in sorted(wanted):
         if path not in by_path:
             raise AdapterUnservable(f"The archive has no {path.name}.")
-    return [member for member in members if member.path in wanted]
+    wanted |= {folder / name for name in MAX_TOKENIZER_BYTES}
+    chosen = [member for member in members if member.path in wanted]
+    for member in chosen:
+        check_size(member.path.name, member.nbytes)
+    return chosen
 
 
 def _folder(paths: list[PurePosixPath]) -> PurePosixPath:

@@ -47,6 +47,7 @@ from lorafleet.cache.sources.checksum import Checksum
 from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import Patience, Progress
 from lorafleet.cache.sources.transfer import Body, RemoteFile, Transfer, ranged_offset
+from lorafleet.cache.tokenizer_files import MAX_TOKENIZER_BYTES, check_size
 from lorafleet.proto.messages import AdapterKey
 
 SOURCE = "hub"
@@ -178,10 +179,13 @@ def _files(key: AdapterKey, info: Any) -> list[RemoteFile]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if name not in present:
             raise AdapterUnservable(f"{shown(str(key))} has no {name}.")
+    tokenizer = [name for name in MAX_TOKENIZER_BYTES if name in present]
+    names = (CONFIG_FILE, WEIGHTS_FILE, *tokenizer)
+    for name in names:
         size = present[name].size
         if type(size) is not int or size < 0:
             raise SourceUnavailable(f"The hub did not say how large {name} of {shown(key.id)} is.")
-    names = (CONFIG_FILE, WEIGHTS_FILE)
+        check_size(name, size)
     return [RemoteFile(name, present[name].size, _checksum(present[name])) for name in names]
 
 

@@ -9,6 +9,7 @@ from lorafleet.cache.adapter_files import WEIGHTS_FILE
 from lorafleet.cache.errors import AdapterNotFound, shown
 from lorafleet.cache.peft_config import CONFIG_FILE
 from lorafleet.cache.sources.source import Progress
+from lorafleet.cache.tokenizer_files import MAX_TOKENIZER_BYTES
 from lorafleet.proto.messages import AdapterKey
 
 SOURCE = "local"
@@ -35,7 +36,7 @@ class LocalSource:
         directory = self._inside(key.id)
         if directory is None or directory == self._root or not os.path.isdir(directory):
             raise AdapterNotFound(f"There is no local adapter {shown(key.id)}.")
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
+        for name in (CONFIG_FILE, WEIGHTS_FILE, *MAX_TOKENIZER_BYTES):
             if self._inside(str(directory / name)) is None:
                 raise AdapterNotFound(f"There is no local adapter {shown(key.id)}.")
         return directory

@@ -30,6 +30,7 @@ from lorafleet.cache.sources.checksum import Checksum
 from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import Patience, Progress
 from lorafleet.cache.sources.transfer import Body, RemoteFile, Transfer, ranged_offset
+from lorafleet.cache.tokenizer_files import MAX_TOKENIZER_BYTES, check_size
 from lorafleet.proto.messages import AdapterKey
 
 SOURCE = "s3"
@@ -91,7 +92,7 @@ class S3Source(Downloads):
 
 
 class _Folder:
-    """One adapter's two objects, pinned to what they were when they were first looked at."""
+    """One adapter's objects, pinned to what they were when they were first looked at."""
 
     def __init__(self, key: AdapterKey, client: Any, bucket: str, prefix: str) -> None:
         self.name = shown(key.id)
@@ -111,6 +112,7 @@ class _Folder:
             raise AdapterNotFound(f"S3 has no {self.name}.")
         if missing:
             raise AdapterUnservable(f"{self.name} has no {missing[0]}.")
+        heads |= {name: self._optional_head(name) for name in MAX_TOKENIZER_BYTES}
         return [self._file(name, head) for name, head in heads.items() if head is not None]
 
     @contextmanager
@@ -170,7 +172,15 @@ class _Folder:
                 return None
             raise fault from None
 
+    def _optional_head(self, name: str) -> Any:
+        """As `_head`; to a server that may not list a bucket S3 says 403 of what is not there."""
+        try:
+            return self._head(name)
+        except AdapterForbidden:
+            return None
+
     def _file(self, name: str, head: Any) -> RemoteFile:
+        check_size(name, head["ContentLength"])
         self._pins[name] = {"IfMatch": head["ETag"]}
         if head.get("VersionId", "null") != "null":
             self._pins[name]["VersionId"] = head["VersionId"]
