@@ -89,4 +89,6 @@ def _base(model: Path, case: Case) -> Any:
     if case.num_tokens != VOCAB_SIZE:
         torch.manual_seed(1)
         base.resize_token_embeddings(case.num_tokens, mean_resizing=False)
+        with torch.no_grad():  # so that the added tokens are drawn
+            base.get_output_embeddings().weight[VOCAB_SIZE:] *= 4
     return base
