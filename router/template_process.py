@@ -21,14 +21,13 @@ _MAX_SECONDS = 10  # of computing for one answer; for a process whose parent was
 
 
 def main() -> None:
-    """Answers until stdin ends."""
+    """Says that it is there, then answers until stdin ends."""
     resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
     source, sink = sys.stdin.buffer, sys.stdout.buffer
+    _write(sink, {})
     while (request := _read(source)) is not None:
         _limit_time()
-        answer = json.dumps(_answer(request)).encode()
-        sink.write(len(answer).to_bytes(LENGTH_BYTES, "little") + answer)
-        sink.flush()
+        _write(sink, _answer(request))
 
 
 def _answer(request: Any) -> dict[str, str]:
@@ -48,6 +47,12 @@ def _read(source: BinaryIO) -> Any:
     if len(head) < LENGTH_BYTES:
         return None
     return json.loads(source.read(int.from_bytes(head, "little")))
+
+
+def _write(sink: BinaryIO, answer: dict[str, str]) -> None:
+    data = json.dumps(answer).encode()
+    sink.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
+    sink.flush()
 
 
 def _limit_time() -> None:

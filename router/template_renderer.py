@@ -54,16 +54,26 @@ class TemplateRenderer:
 
 async def _start() -> Process:
     # Nothing of this process's environment, which may hold secrets, is a template's business.
-    return await asyncio.create_subprocess_exec(
+    process = await asyncio.create_subprocess_exec(
         *_COMMAND, stdin=PIPE, stdout=PIPE, env={"PYTHONUTF8": "1"}
     )
+    try:
+        await _read(process)  # its imports are not the template's time
+    except BaseException:
+        await _kill(process)
+        raise
+    return process
 
 
 async def _ask(process: Process, data: bytes) -> dict[str, str]:
     assert process.stdin is not None
-    assert process.stdout is not None
     process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
     await process.stdin.drain()
+    return await _read(process)
+
+
+async def _read(process: Process) -> dict[str, str]:
+    assert process.stdout is not None
     head = await process.stdout.readexactly(LENGTH_BYTES)
     answer: dict[str, str] = json.loads(
         await process.stdout.readexactly(int.from_bytes(head, "little"))
