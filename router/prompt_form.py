@@ -59,7 +59,7 @@ class BaseForm:
         config = json.loads(files.tokenizer_config_json or b"{}")
         tokenizer, nbytes = self.form.tokenizer, 0
         if files.tokenizer_json and not self._is_same(files.tokenizer_json):
-            tokenizer = _tokenizer(files.tokenizer_json, self._file, threads)
+            tokenizer = open_tokenizer(files.tokenizer_json, self._file, threads)
             nbytes = len(files.tokenizer_json)
         return PromptForm(
             tokenizer, self._render(config, render), self._eos(tokenizer, config), nbytes
@@ -95,7 +95,11 @@ def _essence(file: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in file.items() if name not in _IGNORED}
 
 
-def _tokenizer(data: bytes, base: bytes, threads: ThreadPoolExecutor) -> Tokenizer:
+def open_tokenizer(data: bytes, base: bytes, threads: int | ThreadPoolExecutor) -> Tokenizer:
+    """The tokenizer an adapter ships, `base` being the base model's file.
+
+    Raises AdapterUnservable.
+    """
     known = set(_regexes(json.loads(base)))
     for regex in set(_regexes(json.loads(data))) - known:
         if len(regex) > _MAX_REGEX_LENGTH or _SLOW_REGEX.search(regex):

@@ -139,11 +139,8 @@ def _draw(
         scores = _keep_typical(scores, _column(scores, [p.typical_p for p in params]))
     cumulative = torch.softmax(scores, dim=-1, dtype=torch.float64).cumsum(dim=-1)
     point = to_device(torch.tensor(uniforms, dtype=torch.float64), scores.device).unsqueeze(1)
-    total = cumulative[:, -1:]
-    # Below the total also where the product is rounded up to it: no token of probability 0.
-    point = torch.minimum(point * total, torch.nextafter(total, torch.zeros_like(total)))
-    picked = torch.searchsorted(cumulative, point, right=True).squeeze(1)
-    return picked.clamp_(max=scores.shape[1] - 1)  # where they are not finite
+    picked = torch.searchsorted(cumulative, point * cumulative[:, -1:], right=True).squeeze(1)
+    return picked.clamp_(max=scores.shape[1] - 1)
 
 
 def _keep_top_k(scores: torch.Tensor, top_k: list[int]) -> torch.Tensor:

@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
+from transformers.utils.hub import cached_file
 
 from lorafleet.cache.adapter_files import digest_files, read_spec
 from lorafleet.cache.errors import AdapterFault
 from lorafleet.cache.host_memory import allocate
 from lorafleet.cache.layout import ModelLayout
 from lorafleet.cache.packing import pack
+from lorafleet.cache.tokenizer_files import TOKENIZER_FILE, read_tokenizer
 from lorafleet.deploy.adapters.verdict import Verdict
+from lorafleet.router.errors import AdapterError
+from lorafleet.router.prompt_form import open_tokenizer
 from lorafleet.shard.group import Group
 from lorafleet.shard.model import Decoder
 
@@ -30,15 +34,20 @@ def check_folders(
     config = _config(model_id, revision)
     kind = _dtype(dtype, config)
     layouts = [_layout(config, rank, num_shard, kind) for rank in range(num_shard)]
-    return [_check(path, layouts, kind) for path in paths]
+    tokenizer = _tokenizer_file(model_id, revision)
+    return [_check(path, layouts, kind, tokenizer) for path in paths]
 
 
-def _check(path: str, layouts: list[ModelLayout], dtype: torch.dtype) -> Verdict:
+def _check(path: str, layouts: list[ModelLayout], dtype: torch.dtype, tokenizer: bytes) -> Verdict:
     try:
-        spec = read_spec(Path(path), layouts[0])
-        forms = [spec.form(layout, dtype.itemsize) for layout in layouts]
-        for layout, form in zip(layouts, forms, strict=True):
-            pack(read_spec(Path(path), layout), layout, allocate(form, dtype, False), _ignore)
+        specs = [read_spec(Path(path), layout) for layout in layouts]
+        spec, forms = specs[0], []
+        for mine, layout in zip(specs, layouts, strict=True):
+            forms.append(mine.form(layout, dtype.itemsize))
+            pack(mine, layout, allocate(forms[-1], dtype, False), _ignore)
+        shipped = read_tokenizer(Path(path)).tokenizer_json
+        if shipped:
+            open_tokenizer(shipped, tokenizer, 1).close()
         return Verdict(
             path=path,
             rank=spec.rank,
@@ -47,16 +56,32 @@ def _check(path: str, layouts: list[ModelLayout], dtype: torch.dtype) -> Verdict
             packed_bytes=max(form.nbytes for form in forms),
             digest=digest_files(spec, _ignore),
         )
-    except AdapterFault as fault:
+    except (AdapterFault, AdapterError) as fault:
         return Verdict(path, str(fault))
 
 
 def _config(model_id: str, revision: str) -> Any:
-    name, _, pinned = (model_id, "", "") if Path(model_id).is_dir() else model_id.partition("@")
+    name, wanted = _name(model_id, revision)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision or pinned or None)
+        return AutoConfig.from_pretrained(name, revision=wanted)
     except OSError as error:
         raise ValueError(f"--model-id {model_id}: {str(error).splitlines()[0]}") from error
+
+
+def _tokenizer_file(model_id: str, revision: str) -> bytes:
+    """The base model's, which adapters' are compared with; an empty one where there is none."""
+    name, wanted = _name(model_id, revision)
+    path = cached_file(
+        name, TOKENIZER_FILE, revision=wanted, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return Path(path).read_bytes() if path else b"{}"
+
+
+def _name(model_id: str, revision: str) -> tuple[str, str | None]:
+    """A folder, or a hub's name and revision."""
+    name, _, pinned = (model_id, "", "") if Path(model_id).is_dir() else model_id.partition("@")
+    return name, revision or pinned or None
 
 
 def _layout(config: Any, rank: int, num_shard: int, dtype: torch.dtype) -> ModelLayout:

@@ -6,6 +6,8 @@ Those with added tokens ship a tokenizer that has them, and with it their prompt
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +20,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from lorafleet.deploy.cli import main
 from tests import fake_tokenizer
 from tests.checkpoints import EOS, RECIPES, make_adapters, make_checkpoint
 from tests.e2e.oracle import Oracle
@@ -156,3 +159,20 @@ async def test_every_answer_of_a_mixed_batch_is_pefts(
         ):
             answer = await response.json()
         assert answer["choices"][0]["message"]["content"] == mine.chat_answer
+
+
+def test_check_says_what_the_server_would(
+    made: Callable[[str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = made("llama")
+    paths = [str(mine.adapters / name) for name in NAMES]
+    flags = (f"--model-id={mine.model}", "--num-shard=2", "--json")
+    assert main(["adapters", "check", *paths, *flags]) == 0
+    verdicts = {Path(v["path"]).name: v for v in json.loads(capsys.readouterr().out)}
+    assert verdicts["lora-both"]["target_modules"] == ["embed_tokens", "lm_head", "q_proj"]
+    assert verdicts["saved-both"]["packed_bytes"] > verdicts["tokens"]["packed_bytes"]
+    bad = tmp_path / "bad"
+    shutil.copytree(mine.adapters / ENDING, bad)
+    (bad / "tokenizer.json").write_text("{}")
+    assert main(["adapters", "check", str(bad), *flags]) == 1
+    assert "tokenizer.json is not a tokenizer" in capsys.readouterr().out
