@@ -16,7 +16,7 @@ from lorafleet.cache.parts import PartSpec
 from lorafleet.cache.peft_config import CONFIG_FILE, MAX_CONFIG_BYTES, PeftConfig, parse_config
 from lorafleet.cache.safetensors_file import TensorRef, read_header
 from lorafleet.cache.tokenizer_files import MAX_TOKENIZER_BYTES, check_size
-from lorafleet.cache.vocabulary_parts import is_vocabulary, vocabulary_parts
+from lorafleet.cache.vocabulary_parts import Differing, is_vocabulary, vocabulary_parts
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -84,9 +84,12 @@ class AdapterSpec:
         return self.states == file_states(self.directory)
 
 
-def read_spec(directory: Path, layout: ModelLayout) -> AdapterSpec:
-    """Reads config and headers, no weights.
+def read_spec(
+    directory: Path, layout: ModelLayout, differing: Differing | None = None
+) -> AdapterSpec:
+    """Reads config and headers, and no weights but for what `differing` reads.
 
+    `differing`: see `vocabulary_parts`.
     Raises AdapterUnservable with a sentence naming the field, tensor or module at fault.
     """
     states = file_states(directory)
@@ -98,7 +101,7 @@ def read_spec(directory: Path, layout: ModelLayout) -> AdapterSpec:
         raise unreadable(error) from None
     linear, vocabulary = _split(tensors)
     modules = _modules(_pairs(linear), config, layout)
-    parts, num_tokens = vocabulary_parts(vocabulary, config, layout.vocabulary)
+    parts, num_tokens = vocabulary_parts(vocabulary, config, layout.vocabulary, differing)
     return AdapterSpec(directory, states, modules, parts, num_tokens)
 
 

@@ -72,6 +72,12 @@ def pack(
         raise SourceUnavailable("The adapter's files changed while they were read; try again.")
 
 
+def read_tensor(spec: AdapterSpec, ref: TensorRef) -> torch.Tensor:
+    """One of the adapter's tensors, in the file's own dtype and shape. Raises as `pack`."""
+    with _WeightsReader(spec) as reader:
+        return reader.read(ref)
+
+
 def _pack_a(weight: torch.Tensor, module: ModuleSpec, buffer: torch.Tensor, offset: int) -> None:
     start, stop = module.target.in_range
     block = buffer[offset : offset + module.rank * (stop - start)].view(module.rank, stop - start)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from lorafleet.cache.adapter_files import AdapterSpec, digest_files, read_spec
-from lorafleet.cache.errors import AdapterNotFound, AdapterUnservable, shown
+from lorafleet.cache.base_tables import BaseTables
+from lorafleet.cache.errors import AdapterNotFound, AdapterUnservable, SourceUnavailable, shown
 from lorafleet.cache.host_tier import HostTier
 from lorafleet.cache.key_locks import KeyLocks
 from lorafleet.cache.layout import ModelLayout
 from lorafleet.cache.packed_form import PackedForm
-from lorafleet.cache.packing import PackedAdapter, pack
+from lorafleet.cache.packing import PackedAdapter, pack, read_tensor
 from lorafleet.cache.sources.catalog import SourceConfig, open_sources
 from lorafleet.cache.sources.source import AdapterSource, Progress
 from lorafleet.cache.tokenizer_files import read_tokenizer
@@ -62,8 +63,13 @@ class AdapterStore:
         dtype: torch.dtype,
         device: torch.device,
         hub_endpoint: str | None = None,
+        base: BaseTables | None = None,
     ) -> None:
-        """`hub_endpoint`: base URL of the hub, None for what HF_ENDPOINT says."""
+        """`hub_endpoint`: base URL of the hub, None for what HF_ENDPOINT says.
+
+        `base`: where the base's weights are, so that adapters' copies of them take no room.
+        """
+        self._base = base
         self._layout, self._dtype = layout, dtype
         self._host = HostTier(config.adapter_host_bytes, dtype, pin=device.type == "cuda")
         self._sources: dict[str, AdapterSource] = open_sources(config, hub_endpoint)
@@ -154,9 +160,26 @@ class AdapterStore:
                 adapter.spec, lambda done: progress(FetchProgress("reading", done, total))
             )
             tokenizer = read_tokenizer(directory)
-            adapter = replace(adapter, digest=digest, tokenizer_digest=tokenizer.digest)
+            spec = self._without_copies(adapter.spec)
+            adapter = _Adapter(
+                key, spec, spec.form(self._layout, self._dtype.itemsize), digest, tokenizer.digest
+            )
             self._adapters[key] = adapter
         return adapter
+
+    def _without_copies(self, spec: AdapterSpec) -> AdapterSpec:
+        """The spec with room for what the adapter has of the vocabulary that the base has not."""
+        base = self._base
+        if base is None or not spec.parts:
+            return spec
+        found = read_spec(
+            spec.directory,
+            self._layout,
+            lambda module, table: base.differing(module, read_tensor(spec, table)),
+        )
+        if found.states != spec.states:
+            raise SourceUnavailable("The adapter's files changed while they were read; try again.")
+        return found
 
     def _pack(self, adapter: _Adapter, progress: Progress) -> None:
         total = adapter.spec.nbytes

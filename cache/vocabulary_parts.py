@@ -13,7 +13,8 @@ all of them. peft writes these as (Embedding, Linear and TrainableTokensLayer of
 A rank holds the rows of the base's entries it holds, then the rows of all tokens that the base does
 not have, which are few. Row i of its parts is the i-th of those:
 
-    <module>.weight      [rows, hidden]
+    <module>.weight      [rows, hidden]  a table as it is
+    <module>.added_rows  [n, hidden]     without one: of the tokens that the base has not
     <module>.lora_rows   [rows, r]       what the tokens have of the low-rank product
     <module>.lora_basis  [r, hidden]     and what they share, the scale folded in
     <module>.token_index [n, 3]          sorted rows whose weights are replaced, see `digits`
@@ -36,6 +37,9 @@ from lorafleet.cache.vocabulary_config import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     import torch
+
+# module, the adapter's table -> the base's tokens whose rows are another there
+Differing = Callable[[str, TensorRef], list[int]]
 
 DTYPES = ("F32", "F16", "BF16", "F64")
 NUM_DIGITS = 3
@@ -83,16 +87,20 @@ def is_vocabulary(module: str) -> bool:
 
 
 def vocabulary_parts(
-    tensors: Mapping[str, TensorRef], config: PeftConfig, vocabulary: VocabularyLayout
+    tensors: Mapping[str, TensorRef],
+    config: PeftConfig,
+    vocabulary: VocabularyLayout,
+    differing: Differing | None = None,
 ) -> tuple[tuple[PartSpec, ...], int]:
     """The parts, and how many tokens prompts may name; `tensors` by name without peft's prefix.
 
+    With `differing` a table of which few rows are another than the base's takes room for these.
     Raises AdapterUnservable naming the tensor or the field at fault.
     """
     read = _read(tensors, config)
     _check_saved(read, config, vocabulary)
     changes = _tied(read, config, vocabulary)
-    parts = [part for change in changes for part in _parts(change, config, vocabulary)]
+    parts = [part for change in changes for part in _parts(change, config, vocabulary, differing)]
     return tuple(parts), changes[0].num_tokens(vocabulary)
 
 
@@ -178,28 +186,49 @@ def _check_saved(
         )
 
 
-def _parts(change: _Change, config: PeftConfig, vocabulary: VocabularyLayout) -> list[PartSpec]:
+def _parts(
+    change: _Change,
+    config: PeftConfig,
+    vocabulary: VocabularyLayout,
+    differing: Differing | None,
+) -> list[PartSpec]:
     num_tokens, hidden = change.num_tokens(vocabulary), vocabulary.hidden_size
-    rows = num_rows(num_tokens, vocabulary)
-    parts = []
     if change.table is not None:
         _check(change.table, (num_tokens, hidden))
     _check_tokens(change, num_tokens, hidden)
-    local = _local_rows(change.ids, vocabulary)
-    if change.table is not None:
-        refs = (change.table, *([change.delta] if change.delta else []))
-        build = partial(_build_table, vocabulary=vocabulary, local=local)
-        parts.append(_part(change, "weight", (rows, hidden), refs, build))
-    elif change.delta is not None:
-        index = sorted(local)
-        order = [local[row] for row in index]
-        parts += [
-            _part(change, "token_index", (len(index), NUM_DIGITS), (), lambda _: digits(index)),
-            _part(
-                change, "token_rows", (len(index), hidden), (change.delta,), lambda w: w[0][order]
-            ),
-        ]
+    replaced = _replaced(change, vocabulary, differing)
+    start, stop = vocabulary.held
+    added = range(vocabulary.size, num_tokens)
+    if replaced is None:
+        held = [*range(start, min(stop, num_tokens)), *added]
+        parts = [_rows_part(change, "weight", held, hidden)]
+    else:
+        parts = [_rows_part(change, "added_rows", added, hidden)] if added else []
+        if replaced:
+            held = [token for token in replaced if start <= token < stop]
+            index, shape = [token - start for token in held], (len(held), NUM_DIGITS)
+            parts.append(_part(change, "token_index", shape, (), lambda _: digits(index)))
+            parts.append(_rows_part(change, "token_rows", held, hidden))
     return [*parts, *_lora_parts(change, config, vocabulary)]
+
+
+def _replaced(
+    change: _Change, vocabulary: VocabularyLayout, differing: Differing | None
+) -> list[int] | None:
+    """The base's tokens whose rows change, sorted; None where the table is to be held as it is."""
+    trained = {token for token in change.ids if token < vocabulary.size}
+    if change.table is None:
+        return sorted(trained)
+    if differing is None or change.table.shape[0] < vocabulary.size:
+        return None
+    replaced = sorted(trained.union(differing(change.module, change.table)))
+    return replaced if len(replaced) <= vocabulary.size // 2 else None
+
+
+def _rows_part(change: _Change, what: str, tokens: Sequence[int], hidden: int) -> PartSpec:
+    refs = tuple(ref for ref in (change.table, change.delta) if ref is not None)
+    build = partial(_build_rows, change=change, tokens=list(tokens))
+    return _part(change, what, (len(tokens), hidden), refs, build)
 
 
 def _lora_parts(
@@ -250,28 +279,22 @@ def _held(table: torch.Tensor, vocabulary: VocabularyLayout) -> torch.Tensor:
     return torch.cat([table[start:stop], table[vocabulary.size :]])
 
 
-def _build_table(
-    weights: Sequence[torch.Tensor], vocabulary: VocabularyLayout, local: Mapping[int, int]
+def _build_rows(
+    weights: Sequence[torch.Tensor], change: _Change, tokens: list[int]
 ) -> torch.Tensor:
+    """The adapter's rows of tokens: the trained ones where there are, else its table's."""
     import torch
 
-    table = _held(weights[0], vocabulary)
-    if local:
-        delta = weights[1]
-        table = table.to(torch.promote_types(table.dtype, delta.dtype))
-        table[list(local)] = delta[list(local.values())].to(table.dtype)
-    return table
-
-
-def _local_rows(ids: Sequence[int], vocabulary: VocabularyLayout) -> dict[int, int]:
-    """This rank's row of each token it holds -> the token's place in `ids`."""
-    start, stop = vocabulary.held
-    appended = stop - start - vocabulary.size
-    return {
-        (token - start if token < vocabulary.size else token + appended): place
-        for place, token in enumerate(ids)
-        if start <= token < stop or token >= vocabulary.size
-    }
+    places = {token: place for place, token in enumerate(change.ids)}
+    if change.table is None:
+        return weights[0][[places[token] for token in tokens]]
+    rows = weights[0][tokens]
+    trained = [row for row, token in enumerate(tokens) if token in places]
+    if trained:
+        delta = weights[1][[places[tokens[row]] for row in trained]]
+        rows = rows.to(torch.promote_types(rows.dtype, delta.dtype))
+        rows[trained] = delta.to(rows.dtype)
+    return rows
 
 
 def _check(tensor: TensorRef, wanted: tuple[int, int]) -> None:

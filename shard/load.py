@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from lorafleet.cache.base_tables import BaseTables
 from lorafleet.cache.device_tier import ALIGNMENT, DeviceTier
 from lorafleet.cache.store import AdapterStore
+from lorafleet.cache.vocabulary_config import EMBEDDING
 from lorafleet.kernels.build import KernelBuildError, NvccMissing, library
 from lorafleet.proto.messages import ShardInfo
 from lorafleet.shard.checkpoint import Checkpoint, locate
@@ -62,11 +64,24 @@ def load_shard(
         memory.arena_bytes, config.max_active_adapters, decoder.layout, dtype, device
     )
     decoder.attach_adapters(adapters)
-    store = AdapterStore(config, decoder.layout, dtype, device)
+    base = None if config.load_format == "dummy" else _base_tables(decoder, directory)
+    store = AdapterStore(config, decoder.layout, dtype, device, base=base)
     rows, pool = RowTable(config.max_batch_size, max_len, device), _kv_pool(decoder, memory)
     fast = _fast_path(config, decoder, rows, pool)
     worker = Worker(decoder, rows, pool, adapters, store, answers=group.rank == 0, fast=fast)
     return LoadedShard(worker, store, _describe(config, decoder, memory, max_len, directory))
+
+
+def _base_tables(decoder: Decoder, directory: Path) -> BaseTables:
+    """The checkpoint's own embedding and head, read from disk when an adapter is compared."""
+    vocabulary = decoder.layout.vocabulary
+
+    def rows(module: str, start: int, stop: int) -> torch.Tensor:
+        name = EMBEDDING if vocabulary.is_tied else module
+        with Checkpoint(directory) as checkpoint:
+            return checkpoint.rows(f"{name}.weight", [(start, stop)])
+
+    return BaseTables(rows, vocabulary.size, decoder.dtype)
 
 
 def pick_device(name: str, rank: int) -> torch.device:

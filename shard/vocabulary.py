@@ -24,6 +24,7 @@ class _Change(NamedTuple):
     """One adapter's parts of one table, on the device; see `cache.vocabulary_parts`."""
 
     table: torch.Tensor | None  # [rows, hidden], in place of the base's
+    added_rows: torch.Tensor | None  # [n, hidden]
     token_index: torch.Tensor | None  # [n, 3]
     token_rows: torch.Tensor | None  # [n, hidden]
     lora_rows: torch.Tensor | None  # [rows, r]
@@ -32,7 +33,7 @@ class _Change(NamedTuple):
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor], module: str) -> Self | None:
         """A module's parts, None when the adapter leaves it as it is."""
-        names = ("weight", "token_index", "token_rows", "lora_rows", "lora_basis")
+        names = ("weight", "added_rows", "token_index", "token_rows", "lora_rows", "lora_basis")
         found = [tensors.get(f"{module}.{name}") for name in names]
         return None if all(part is None for part in found) else cls(*found)
 
@@ -100,6 +101,9 @@ class VocabEmbedding(nn.Module):
         index, here = self._index(ids)
         if change.table is not None:
             rows.copy_(self._scaled(_picked(change.table, index, here)))
+        if change.added_rows is not None:
+            added = index - self.lookup.weight.shape[0]
+            rows.add_(self._scaled(_picked(change.added_rows, added, here & (added >= 0))))
         if change.token_rows is not None:
             tokens = change.tokens()
             place = torch.searchsorted(tokens, index).clamp_(max=max(len(tokens) - 1, 0))
@@ -174,10 +178,13 @@ class VocabHead(nn.Module):
 
     def _num_new(self, tensors: Mapping[str, torch.Tensor]) -> int:
         """Tokens of an adapter that the base has not, in prompts or out."""
-        tables = (tensors.get(f"{module}.weight") for module in (EMBEDDING, HEAD))
-        return max(
-            (len(table) - self._num_base for table in tables if table is not None), default=0
-        )
+        found = [0]
+        for module in (EMBEDDING, HEAD):
+            if (table := tensors.get(f"{module}.weight")) is not None:
+                found.append(len(table) - self._num_base)
+            if (added := tensors.get(f"{module}.added_rows")) is not None:
+                found.append(len(added))
+        return max(found)
 
     def _change(
         self, hidden: torch.Tensor, local: torch.Tensor, new: torch.Tensor, change: _Change
@@ -188,6 +195,9 @@ class VocabHead(nn.Module):
         if change.table is not None:
             logits.fill_(-torch.inf)
             logits[:, : len(change.table)] = F.linear(hidden, change.table)
+        if change.added_rows is not None:
+            stop = num_base + len(change.added_rows)
+            logits[:, num_base:stop] = F.linear(hidden, change.added_rows)
         if change.token_rows is not None:
             logits[:, change.tokens()] = F.linear(hidden, change.token_rows)
         if change.lora_rows is not None:

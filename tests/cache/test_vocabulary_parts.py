@@ -9,13 +9,17 @@ import pytest
 import torch
 
 from lorafleet.cache.adapter_files import read_spec
+from lorafleet.cache.base_tables import BaseTables
 from lorafleet.cache.errors import AdapterUnservable
 from lorafleet.cache.host_memory import allocate
 from lorafleet.cache.packing import pack
+from lorafleet.cache.store import AdapterStore
 from lorafleet.cache.vocabulary_parts import digits
+from lorafleet.proto.messages import AdapterKey, FetchAdapterRequest, Tier
 from tests.cache.adapter_cases import (
     HIDDEN,
     VOCAB,
+    Settings,
     config_of,
     tensors_of,
     tiny_layout,
@@ -169,3 +173,30 @@ def test_refused(
     tmp_path: Path, tensors: dict[str, torch.Tensor], fields: dict[str, Any], said: str
 ) -> None:
     assert said in refusal(tmp_path, tensors, **fields)
+
+
+def test_the_store_gives_copies_of_the_base_no_room(tmp_path: Path) -> None:
+    base = BaseTables(lambda module, start, stop: table(VOCAB)[start:stop], VOCAB, torch.bfloat16)
+    changed = table(VOCAB + 2)
+    changed[7] += 1
+    config = Settings(str(tmp_path / "root"), str(tmp_path / "cache"))
+    write(tmp_path / "root" / "one", {f"{EMBED}.weight": changed})
+    request = FetchAdapterRequest(AdapterKey("local", "one"), Tier.HOST)
+    sizes = []
+    for tables in (None, base):
+        store = AdapterStore(
+            config, tiny_layout(), torch.bfloat16, torch.device("cpu"), base=tables
+        )
+        info = store.fetch(request, lambda progress: None)
+        packed = store.host(request.key)
+        assert info.packed_bytes == packed.nbytes
+        assert info.vocab_size == VOCAB + 2
+        sizes.append(packed.nbytes)
+    found = {
+        part.name: packed.buffer[part.offset : part.offset + part.num_elements].view(part.shape)
+        for part in packed.form.parts
+    }
+    assert found["model.embed_tokens.added_rows"][:, 0].tolist() == [64, 65]
+    assert found["model.embed_tokens.token_rows"][:, 0].tolist() == [8]
+    assert torch.equal(found["model.embed_tokens.token_index"].float(), digits([7]))
+    assert sizes[1] < sizes[0] - 50 * HIDDEN * 2  # alignment takes some

@@ -12,10 +12,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorafleet.cache.adapter_files import read_spec
+from lorafleet.cache.adapter_files import AdapterSpec, read_spec
+from lorafleet.cache.base_tables import BaseTables
 from lorafleet.cache.device_tier import DeviceTier
 from lorafleet.cache.host_memory import allocate
-from lorafleet.cache.packing import pack
+from lorafleet.cache.layout import ModelLayout
+from lorafleet.cache.packing import pack, read_tensor
+from lorafleet.cache.vocabulary_config import EMBEDDING, HEAD
 from lorafleet.proto.messages import SamplingParams, SequenceStart, StepPlan
 from lorafleet.shard.batch import build_batch
 from lorafleet.shard.checkpoint import Checkpoint
@@ -41,6 +44,7 @@ class Made:
     model: Path
     adapters: Path
     expected: dict[str, torch.Tensor]  # [COUNT, tokens]
+    tables: dict[str, torch.Tensor]  # the base's
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
             with torch.inference_mode():
                 peft = load_case(case, model, folder / "adapters" / case.name)
                 expected[case.name] = peft(torch.tensor([prompt(case)])).logits[0]
-        return Made(model, folder / "adapters", expected)
+        base = AutoModelForCausalLM.from_pretrained(model)
+        ends = {EMBEDDING: base.get_input_embeddings(), HEAD: base.get_output_embeddings()}
+        tables = {name: end.weight.detach() for name, end in ends.items()}
+        return Made(model, folder / "adapters", expected, tables)
 
     return make
 
@@ -70,8 +77,13 @@ def prompt(case: Case) -> list[int]:
     return ids[:COUNT]
 
 
-def logits(made: Made, cases: Iterable[Case | None], group: Group) -> torch.Tensor:
-    """One step of a prompt for each case, None the base: [rows, COUNT, columns]."""
+def logits(
+    made: Made, cases: Iterable[Case | None], group: Group, knows_base: bool = False
+) -> torch.Tensor:
+    """One step of a prompt for each case, None the base: [rows, COUNT, columns].
+
+    `knows_base`: whether adapters' copies of the base's rows are left out.
+    """
     cases = list(cases)
     with BUILDING, Checkpoint(made.model) as checkpoint:
         decoder = Decoder(AutoConfig.from_pretrained(made.model), group, torch.float32, CPU)
@@ -84,6 +96,8 @@ def logits(made: Made, cases: Iterable[Case | None], group: Group) -> torch.Tens
         slots.append(0 if case is None else slot)
         if case is not None:
             spec = read_spec(made.adapters / case.name, decoder.layout)
+            if knows_base:
+                spec = without_copies(made, spec, decoder.layout)
             packed = allocate(spec.form(decoder.layout, 4), torch.float32, pin=False)
             pack(spec, decoder.layout, packed, lambda done: None)
             with torch.inference_mode():
@@ -108,6 +122,38 @@ def logits(made: Made, cases: Iterable[Case | None], group: Group) -> torch.Tens
     found = decoder.logits(hidden, batch.lora.segments).view(len(cases), COUNT, -1)
     torch.testing.assert_close(last, found[:, -1], rtol=1e-5, atol=1e-5)
     return found
+
+
+def without_copies(made: Made, spec: AdapterSpec, layout: ModelLayout) -> AdapterSpec:
+    base = BaseTables(
+        lambda module, start, stop: made.tables[module][start:stop], VOCAB_SIZE, torch.float32
+    )
+    return read_spec(
+        spec.directory,
+        layout,
+        lambda module, table: base.differing(module, read_tensor(spec, table)),
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_copies_of_the_base_are_left_out(made: Callable[[str], Made], world: int) -> None:
+    mine = made("qwen2")
+    names = {"lora-both", "resized", "resized-tokens", "resized-lora", "saved-both", "smaller"}
+    cases = [case for case in CASES if case.name in names]
+    with torch.inference_mode():
+        found = on_ranks(world, lambda group: logits(mine, [*cases, None], group, True))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    for case, rows in zip(cases, found[0], strict=False):
+        expected = mine.expected[case.name]
+        width = expected.shape[1]
+        assert (rows[:, :width] - expected).norm() / expected.norm() < 1e-4, case
+        assert torch.isneginf(rows[:, width:]).all(), case
+    config = AutoConfig.from_pretrained(mine.model)
+    layout = Decoder(config, Group(0, 1, CPU, ""), torch.float32, CPU).layout
+    for name, is_small in (("lora-both", True), ("resized", True), ("saved-both", False)):
+        spec = read_spec(mine.adapters / name, layout)
+        small = without_copies(mine, spec, layout).form(layout, 4).nbytes
+        assert (small < spec.form(layout, 4).nbytes / 3) == is_small, name
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -135,3 +181,14 @@ def test_every_row_of_a_mixed_batch_has_pefts_logits(
         assert error < 1e-4, (case, float(error))
         assert torch.isneginf(rows[:, width:]).all(), case
         assert not torch.isneginf(rows[:, :width]).any(), case
+
+
+@pytest.mark.parametrize("name", ["smaller", "tokens", "resized", "lora-only-embedding"])
+def test_a_batch_of_one_adapter(made: Callable[[str], Made], name: str) -> None:
+    mine, case = made("llama"), next(case for case in CASES if case.name == name)
+    with torch.inference_mode():
+        [rows] = logits(mine, [case], Group(0, 1, CPU, ""))
+    expected = mine.expected[name]
+    width = expected.shape[1]
+    assert (rows[:, :width] - expected).norm() / expected.norm() < 1e-4
+    assert torch.isneginf(rows[:, width:]).all()
