@@ -57,6 +57,7 @@ class Made:
     asks: list[Ask]
     chat: list[dict[str, str]]
     chat_answer: str
+    prefill: list[float]  # log-probabilities of the prompt of CHATTING, but for its first token
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
 def _make(family: str, model: Path, adapters: Path) -> Made:
     make_checkpoint(family, model)
     make_adapters(model, adapters, (PLAIN,))
-    asks, chat, chat_answer = [], [{"role": "user", "content": "Hello there"}], ""
+    asks, chat = [], [{"role": "user", "content": "Hello there"}]
+    chat_answer, prefill = "", [0.0]
     for case in (case for case in CASES if case.name in NAMES):
         make_case(case, model, adapters / case.name)
         prompt = "A prompt for " + case.name
@@ -86,11 +88,19 @@ def _make(family: str, model: Path, adapters: Path) -> Made:
         if case.name == CHATTING:
             ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids
             chat_answer = tokenizer.decode(_generate(peft, ids, eos), skip_special_tokens=True)
+            prefill = _prefill(peft, tokenizer.encode(prompt))
     oracle = Oracle(model, adapters, [PLAIN.name])
     for name in (None, PLAIN.name):
         ids = _tokenizer(None, adapters, model).encode("As ever")
         asks.append(Ask(name, "As ever", oracle.answer(ids, name, NEW_TOKENS)))
-    return Made(model, adapters, asks, chat, chat_answer)
+    return Made(model, adapters, asks, chat, chat_answer, prefill)
+
+
+def _prefill(peft: Any, ids: list[int]) -> list[float]:
+    with torch.no_grad():
+        logprobs = peft(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    found: list[float] = logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1))[:, 0].tolist()
+    return found
 
 
 def _ship_tokenizer(case: Case, directory: Path) -> None:
@@ -133,6 +143,15 @@ async def _answer(session: aiohttp.ClientSession, ask: Ask) -> list[int]:
         return [token["id"] for token in answer["details"]["tokens"]]
 
 
+async def _prompt_logprobs(service: Service, made: Made) -> list[float]:
+    [prompt] = [ask.prompt for ask in made.asks if ask.adapter == CHATTING]
+    parameters = {"adapter_id": CHATTING, "adapter_source": "local", "max_new_tokens": 1}
+    body = {"inputs": prompt, "parameters": parameters | {"decoder_input_details": True}}
+    async with service.session() as session, session.post("/generate", json=body) as response:
+        answer = await response.json()
+    return [token["logprob"] for token in answer["details"]["prefill"][1:]]
+
+
 async def _answers(service: Service, asks: list[Ask]) -> dict[str | None, list[int]]:
     async with service.session() as session:
         found = await asyncio.gather(*(_answer(session, ask) for ask in asks))
@@ -159,6 +178,7 @@ async def test_every_answer_of_a_mixed_batch_is_pefts(
         ):
             answer = await response.json()
         assert answer["choices"][0]["message"]["content"] == mine.chat_answer
+        assert await _prompt_logprobs(service, mine) == pytest.approx(mine.prefill, abs=1e-3)
 
 
 def test_check_says_what_the_server_would(
