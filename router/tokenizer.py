@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from tokenizers import Tokenizer as TokenizerFile
 
 from lorafleet.router.detokenizer import Detokenizer, Utf8Detokenizer, WindowDetokenizer
+from lorafleet.router.errors import InvalidRequest
 
 R = TypeVar("R")
 
@@ -54,8 +55,15 @@ class Tokenizer:
         self._decode_window = lru_cache(_MAX_CACHED_WINDOWS)(self.decode)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the tokenizer's own special tokens around it if asked."""
-        return await self.in_thread(self._encode, text, add_special_tokens)
+        """Token ids of `text`, with the tokenizer's own special tokens around it if asked.
+
+        Raises InvalidRequest where it has none for this text.
+        """
+        try:
+            return await self.in_thread(self._encode, text, add_special_tokens)
+        except Exception as error:  # the library has no type of its own
+            reason = f"the tokenizer cannot encode this text: {str(error)[:200]}"
+            raise InvalidRequest(reason) from None
 
     async def spans(self, text: str, *, add_special_tokens: bool = True) -> list[Span]:
         """Token ids of `text` and where each stands in it."""

@@ -134,6 +134,16 @@ async def test_what_is_no_tokenizer_is_refused(shipped: bytes, said: str) -> Non
         await service.generate("a", max_new_tokens=1)
 
 
+async def test_a_text_that_a_tokenizer_cannot_encode_is_refused() -> None:
+    file = json.loads(extended(NEW))
+    file["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}
+    async with serving() as service:
+        name = ship(service, 1, files("a", json.dumps(file).encode()))
+        body = {"inputs": "b", "parameters": {"adapter_id": name, "max_new_tokens": 1}}
+        refused = await service.json("/generate", body, status=422)
+        assert "cannot encode this text" in refused["error"]
+
+
 async def test_regular_expressions_that_may_never_end_are_refused() -> None:
     file = json.loads(extended(NEW))
     split = {
