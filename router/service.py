@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -87,9 +88,16 @@ class Service:
         """
         hold = await self.engine.hold(adapter, api_token, deadline)
         try:
-            yield Addressee(hold, await self.forms.of(hold.adapter), self.engine.info)
+            yield Addressee(hold, await self._form(hold, deadline), self.engine.info)
         finally:
             hold.close()
+
+    async def _form(self, hold: AdapterHold, deadline: Deadline) -> PromptForm:
+        try:
+            async with asyncio.timeout_at(deadline.when):
+                return await self.forms.of(hold.adapter)
+        except TimeoutError:
+            raise deadline.error() from None
 
     async def start(
         self, stack: AsyncExitStack, request: GenerationRequest, to: Addressee

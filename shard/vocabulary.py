@@ -167,7 +167,11 @@ class VocabHead(nn.Module):
         new = local.new_full((len(local), num_new), -torch.inf)
         for change, rows in runs:
             self._change(hidden[rows], local[rows], new[rows], change)
-        return torch.cat([self._gathered(local), new], dim=1) if num_new else self._gathered(local)
+        if not num_new:
+            return self._gathered(local)
+        # All ranks compute the added tokens; the first one's bits are everyone's.
+        added = self._group.all_gather_columns(new)[:, :num_new]
+        return torch.cat([self._gathered(local), added], dim=1)
 
     def _gathered(self, local: torch.Tensor) -> torch.Tensor:
         if self._group.size == 1:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from lorafleet.proto.messages import AdapterTokenizer
+from lorafleet.proto.messages import AdapterKey, AdapterTokenizer
 from lorafleet.router import prompt_forms
 from lorafleet.router.service import SERVICE
 from tests import fake_tokenizer
@@ -213,3 +213,18 @@ async def test_a_template_sees_nothing_of_the_services_environment(
         read = Path(f"/proc/{process.pid}/environ").read_bytes
         environment = await asyncio.to_thread(read)
         assert b"top secret" not in environment
+
+
+async def test_a_deadline_covers_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(key: AdapterKey) -> AdapterTokenizer:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with serving() as service:
+        name = ship(service, 1, files("a", extended(NEW)))
+        monkeypatch.setattr(service.client.app[SERVICE].forms, "_fetch", never)
+        parameters = {"adapter_id": name, "max_new_tokens": 1, "timeout": 0.2}
+        body = {"inputs": "a", "parameters": parameters}
+        refused = await service.json("/generate", body, status=504)
+        assert refused["error_type"] == "timeout"
+        assert not any(adapter.is_pinned for adapter in service.engine._directory)
