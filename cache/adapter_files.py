@@ -12,12 +12,14 @@ from pathlib import Path
 from lorafleet.cache.base_weights import BaseWeights
 from lorafleet.cache.errors import AdapterUnservable
 from lorafleet.cache.layout import ModelLayout
-from lorafleet.cache.linears import ModuleSpec, read_linears
+from lorafleet.cache.linears import PREFIX, ModuleSpec, read_linears
 from lorafleet.cache.packed_form import PackedForm, plan_form
 from lorafleet.cache.parts import PartSpec
 from lorafleet.cache.peft_config import MAX_CONFIG_BYTES, parse_config
 from lorafleet.cache.pickled_file import read_pickled_header
 from lorafleet.cache.safetensors_file import TensorRef, read_header
+from lorafleet.cache.tokenizer_files import check_size
+from lorafleet.cache.vocabulary_parts import Differing, is_vocabulary, vocabulary_parts
 from lorafleet.cache.weight_files import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -49,16 +51,19 @@ class AdapterSpec:
     modules: dict[str, ModuleSpec]  # by full module name
     parts: tuple[PartSpec, ...] = ()
     allow_pickles: bool = False  # as it was read
+    num_tokens: int = 0  # of the embedding, where the adapter changes it; 0 = the base's
 
     @property
     def rank(self) -> int:
-        """The largest rank of any module."""
-        return max(module.rank for module in self.modules.values())
+        """The largest rank of any module, 0 without LoRA."""
+        ranks = [module.rank for module in self.modules.values()]
+        return max([*ranks, *(part.rank for part in self.parts)], default=0)
 
     @property
     def target_modules(self) -> list[str]:
-        """Distinct last parts of the module names, sorted."""
-        return sorted({name.rpartition(".")[2] for name in self.modules})
+        """Distinct last parts of the names of all modules the adapter changes, sorted."""
+        names = {*self.modules, *(part.module for part in self.parts if part.module)}
+        return sorted({name.rpartition(".")[2] for name in names})
 
     @property
     def nbytes(self) -> int:
@@ -80,11 +85,13 @@ def read_spec(
     layout: ModelLayout,
     base: BaseWeights | None = None,
     allow_pickles: bool = False,
+    differing: Differing | None = None,
 ) -> AdapterSpec:
-    """Reads config and headers, no weights.
+    """Reads config and headers, and no weights but for what `differing` reads.
 
-    `base`: for adapters whose result depends on it; None refuses them. Raises AdapterUnservable
-    with a sentence naming the field, tensor or module at fault.
+    `base`: for adapters whose result depends on it; None refuses them. `differing`: see
+    `vocabulary_parts`. Raises AdapterUnservable with a sentence naming the field, tensor or module
+    at fault.
     """
     states = file_states(directory, allow_pickles)
     try:
@@ -94,8 +101,14 @@ def read_spec(
         raise unreadable(error) from None
     if not tensors:
         raise AdapterUnservable(f"{list(states)[1]} holds no tensors.")
-    linears = read_linears(tensors, config, layout, base)
-    return AdapterSpec(directory, states, linears.modules, linears.parts, allow_pickles)
+    linear, vocabulary = _split(tensors)
+    linears = read_linears(linear, config, layout, base)
+    parts, num_tokens = vocabulary_parts(vocabulary, config, layout.vocabulary, differing)
+    if not linears.modules and not parts:
+        raise AdapterUnservable("The adapter's files hold no LoRA weights.")
+    return AdapterSpec(
+        directory, states, linears.modules, (*linears.parts, *parts), allow_pickles, num_tokens
+    )
 
 
 def file_states(directory: Path, allow_pickles: bool = False) -> dict[str, FileState]:
@@ -108,7 +121,7 @@ def file_states(directory: Path, allow_pickles: bool = False) -> dict[str, FileS
 
 
 def digest_files(spec: AdapterSpec, progress: Callable[[int], None]) -> str:
-    """sha256 of config and weights, in hex; `progress` gets the bytes done so far.
+    """sha256 of the adapter's files, in hex; `progress` gets the bytes done so far.
 
     Raises AdapterUnservable when a file cannot be read any more.
     """
@@ -166,4 +179,19 @@ def _state(directory: Path, name: str) -> FileState:
         raise AdapterUnservable(f"{name} cannot be read.") from None
     if not stat.S_ISREG(found.st_mode):
         raise AdapterUnservable(f"{name} is not a regular file.")
+    check_size(name, found.st_size)
     return FileState(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _split(
+    tensors: dict[str, TensorRef],
+) -> tuple[dict[str, TensorRef], dict[str, TensorRef]]:
+    """Tensors of linear layers by full name, and the vocabulary's without peft's prefix."""
+    linear, vocabulary = {}, {}
+    for name, tensor in tensors.items():
+        inner = name.removeprefix(PREFIX)
+        if name.startswith(PREFIX) and is_vocabulary(inner):
+            vocabulary[inner] = tensor
+        else:
+            linear[name] = tensor
+    return linear, vocabulary

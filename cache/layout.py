@@ -81,11 +81,22 @@ class MoeLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class VocabularyLayout:
+    """The base model's embedding and output layer, and the entries this rank holds of both."""
+
+    size: int
+    hidden_size: int
+    held: Interval
+    is_tied: bool  # one weight serves both
+
+
+@dataclass(frozen=True, slots=True)
 class ModelLayout:
     """Every site of the served model, in the order of the slot table's second axis."""
 
     model_id: str
     sites: tuple[LoraSite, ...]
+    vocabulary: VocabularyLayout
     moe: tuple[MoeLayer, ...] = ()
 
     def moe_targets(self) -> frozenset[str]:

@@ -23,7 +23,7 @@ from lorafleet.cache.parts import PartSpec
 from lorafleet.cache.peft_config import PeftConfig
 from lorafleet.cache.safetensors_file import TensorRef
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _BASE_WEIGHT = ".base_layer.weight"
 _DTYPES = ("F32", "F16", "BF16", "F64")
 
@@ -80,8 +80,6 @@ def read_linears(
         part = scale_shift_part(target, scale, found, base)
         if part is not None:
             parts.append(part)
-    if not modules:
-        raise AdapterUnservable("The adapter's files hold no LoRA weights.")
     return Linears(modules, tuple(parts))
 
 
@@ -94,7 +92,7 @@ def _by_module(tensors: Mapping[str, TensorRef]) -> dict[str, dict[str, TensorRe
                 f"The tensor {shown(name)} takes the place of a weight of the base model, which is "
                 "not served."
             )
-        split = split_name(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else None
+        split = split_name(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
         if split is None:
             raise AdapterUnservable(
                 f"The tensor {shown(name)} is not one that is served: names must be "

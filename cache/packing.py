@@ -13,6 +13,7 @@ from lorafleet.cache.layout import ModelLayout
 from lorafleet.cache.linears import ModuleSpec
 from lorafleet.cache.packed_form import PackedForm
 from lorafleet.cache.parts import PartSpec
+from lorafleet.cache.safetensors_file import TensorRef
 from lorafleet.cache.weights_reader import WeightsReader
 
 
@@ -59,6 +60,12 @@ def pack(
             progress(reader.done)
     if not spec.is_current():
         raise SourceUnavailable("The adapter's files changed while they were read; try again.")
+
+
+def read_tensor(spec: AdapterSpec, ref: TensorRef) -> torch.Tensor:
+    """One of the adapter's tensors, in the file's own dtype and shape. Raises as `pack`."""
+    with WeightsReader(spec.directory) as reader:
+        return reader.read(ref)
 
 
 def _pack_a(weight: torch.Tensor, module: ModuleSpec, buffer: torch.Tensor, offset: int) -> None:

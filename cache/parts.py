@@ -18,9 +18,12 @@ class PartSpec:
 
     `shape` is what this rank holds. `build` gets the whole tensors of `refs`, in the file's dtypes,
     and returns this rank's part in any float dtype; values that are not finite are refused after.
+    Every rank has the same parts by name, some perhaps empty, so that ranks compute in step.
     """
 
     name: str
     shape: tuple[int, ...]
     refs: tuple[TensorRef, ...]
     build: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    module: str = ""  # full name of the module it changes
+    rank: int = 0  # of the LoRA it belongs to

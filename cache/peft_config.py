@@ -13,6 +13,7 @@ from typing import Any
 from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.patterns import ModulePatterns
 from lorafleet.cache.target_rule import TargetRule
+from lorafleet.cache.vocabulary_config import VocabularyConfig, parse_vocabulary
 from lorafleet.cache.weight_files import CONFIG_FILE
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -20,10 +21,8 @@ MAX_RANK = 512
 
 # Fields that change what the adapter computes; each is served only when absent or empty.
 _UNSERVED_FIELDS = (
-    "modules_to_save",
     "layer_replication",
     "alora_invocation_tokens",
-    "trainable_token_indices",
     "use_qalora",
     "use_bdlora",
     "arrow_config",
@@ -55,6 +54,7 @@ class PeftConfig:
     targets: TargetRule
     rank_pattern: ModulePatterns
     alpha_pattern: ModulePatterns
+    vocabulary: VocabularyConfig
     target_parameters: frozenset[str] = frozenset()
 
     def rank_of(self, module: str) -> int:
@@ -108,6 +108,7 @@ def parse_config(data: bytes) -> PeftConfig:
             "alpha_pattern", {key: _number("alpha_pattern", value) for key, value in alphas.items()}
         ),
         target_parameters=_strings(config, "target_parameters"),
+        vocabulary=parse_vocabulary(config),
     )
 
 

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from lorafleet.cache.adapter_files import AdapterSpec, digest_files, read_spec
+from lorafleet.cache.base_tables import BaseTables
 from lorafleet.cache.base_weights import BaseWeights
-from lorafleet.cache.errors import AdapterNotFound, AdapterUnservable, shown
+from lorafleet.cache.errors import AdapterNotFound, AdapterUnservable, SourceUnavailable, shown
 from lorafleet.cache.host_tier import HostTier
 from lorafleet.cache.key_locks import KeyLocks
 from lorafleet.cache.layout import ModelLayout
 from lorafleet.cache.packed_form import PackedForm
-from lorafleet.cache.packing import PackedAdapter, pack
+from lorafleet.cache.packing import PackedAdapter, pack, read_tensor
 from lorafleet.cache.sources.catalog import SourceConfig, open_sources
 from lorafleet.cache.sources.source import AdapterSource, Progress
+from lorafleet.cache.tokenizer_files import read_tokenizer
 from lorafleet.proto.messages import (
     AdapterInfo,
     AdapterKey,
+    AdapterTokenizer,
     DropAdapterRequest,
     FetchAdapterRequest,
     FetchProgress,
@@ -44,6 +47,7 @@ class _Adapter:
     spec: AdapterSpec
     form: PackedForm
     digest: str = ""  # empty until the content was read
+    tokenizer_digest: str = ""  # of its own tokenizer; empty where it has none
 
 
 class AdapterStore:
@@ -64,9 +68,11 @@ class AdapterStore:
     ) -> None:
         """`hub_endpoint`: base URL of the hub, None for what HF_ENDPOINT says.
 
-        `base`: None refuses adapters whose result depends on the base model's own weights.
+        `base`: the base model's own weights; with None adapters whose result depends on them are
+        refused, and adapters' copies of them take room.
         """
         self._layout, self._dtype, self._base = layout, dtype, base
+        self._tables = None if base is None else BaseTables(base, layout.vocabulary, dtype)
         self._allow_pickles = config.allow_pickled_adapters
         self._host = HostTier(config.adapter_host_bytes, dtype, pin=device.type == "cuda")
         self._sources: dict[str, AdapterSource] = open_sources(config, layout, hub_endpoint)
@@ -113,6 +119,15 @@ class AdapterStore:
                     infos.append(self._info(self._glance(key, directory)))
         return infos
 
+    def tokenizer(self, key: AdapterKey) -> AdapterTokenizer:
+        """What the adapter's files say now of its tokenizer. Raises AdapterFault."""
+        with self._locks.hold(key):
+            adapter = self._adapters.get(key)
+            if adapter is None:
+                raise AdapterNotFound(f"{shown(str(key))} is not here any more; fetch it again.")
+            found = read_tokenizer(adapter.spec.directory)
+            return AdapterTokenizer(found.digest, found.tokenizer_json, found.config_json)
+
     def host(self, key: AdapterKey) -> PackedAdapter:
         """The packed adapter, for a move to the device. Raises AdapterNotFound when not at HOST."""
         packed = self._host.get(key)
@@ -147,8 +162,29 @@ class AdapterStore:
             digest = digest_files(
                 adapter.spec, lambda done: progress(FetchProgress("reading", done, total))
             )
-            adapter = self._adapters[key] = replace(adapter, digest=digest)
+            tokenizer = read_tokenizer(directory)
+            spec = self._without_copies(adapter.spec)
+            adapter = _Adapter(
+                key, spec, spec.form(self._layout, self._dtype.itemsize), digest, tokenizer.digest
+            )
+            self._adapters[key] = adapter
         return adapter
+
+    def _without_copies(self, spec: AdapterSpec) -> AdapterSpec:
+        """The spec with room for what the adapter has of the vocabulary that the base has not."""
+        tables = self._tables
+        if tables is None or not spec.parts:
+            return spec
+        found = read_spec(
+            spec.directory,
+            self._layout,
+            self._base,
+            self._allow_pickles,
+            lambda module, table: tables.differing(module, read_tensor(spec, table)),
+        )
+        if found.states != spec.states:
+            raise SourceUnavailable("The adapter's files changed while they were read; try again.")
+        return found
 
     def _pack(self, adapter: _Adapter, progress: Progress) -> None:
         total = adapter.spec.nbytes
@@ -173,4 +209,6 @@ class AdapterStore:
             target_modules=adapter.spec.target_modules,
             tier=Tier.DISK if self._host.get(key) is None else Tier.HOST,
             piece_bytes=adapter.form.piece_bytes,
+            vocab_size=adapter.spec.num_tokens,
+            tokenizer_digest=adapter.tokenizer_digest,
         )

@@ -1,4 +1,5 @@
-"""Which files an adapter is made of: its config, and weights in one of the forms peft writes.
+"""Which files an adapter is made of: its config, weights in one of the forms peft writes, and what
+there is of a tokenizer.
 
 One safetensors file; or several with an index that says which tensor is in which; or, where the
 operator allows it, one file of torch's pickles.
@@ -11,6 +12,7 @@ import re
 from collections.abc import Collection
 
 from lorafleet.cache.errors import AdapterUnservable, shown
+from lorafleet.cache.tokenizer_files import MAX_TOKENIZER_BYTES
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -25,19 +27,24 @@ _MAX_PARTS = 1000
 def adapter_files(
     present: Collection[str], allow_pickles: bool = False, adapter: str = "The adapter"
 ) -> tuple[str, ...]:
-    """The adapter's files among those of its folder, config first, then what is read first.
+    """The adapter's files among those of its folder: config, weights or their index, the rest.
 
     `adapter`: as the sentence calls it. Raises AdapterUnservable when there is no adapter.
     """
     if CONFIG_FILE not in present:
         raise AdapterUnservable(f"{adapter} has no {CONFIG_FILE}.")
+    weights = _weight_files(present, allow_pickles, adapter)
+    return CONFIG_FILE, *weights, *(name for name in MAX_TOKENIZER_BYTES if name in present)
+
+
+def _weight_files(present: Collection[str], allow_pickles: bool, adapter: str) -> tuple[str, ...]:
     if WEIGHTS_FILE in present:
-        return CONFIG_FILE, WEIGHTS_FILE
+        return (WEIGHTS_FILE,)
     if INDEX_FILE in present:
         parts = sorted(name for name in present if _PART.fullmatch(name))
         if len(parts) > _MAX_PARTS:
             raise AdapterUnservable(f"{adapter} has more than {_MAX_PARTS} files of weights.")
-        return CONFIG_FILE, INDEX_FILE, *parts
+        return INDEX_FILE, *parts
     pickle = next((name for name in PICKLE_FILES if name in present), None)
     if pickle is None:
         raise AdapterUnservable(f"{adapter} has no {WEIGHTS_FILE}.")
@@ -46,14 +53,13 @@ def adapter_files(
             f"{adapter} has {pickle} and no {WEIGHTS_FILE}: pickled weights are loaded only with "
             "--allow-pickled-adapters; save it again as safetensors."
         )
-    return CONFIG_FILE, pickle
+    return (pickle,)
 
 
 def is_adapter_file(name: str) -> bool:
     """Whether a file of this name can be one of an adapter's."""
-    return name in (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, *PICKLE_FILES) or bool(
-        _PART.fullmatch(name)
-    )
+    named = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, *PICKLE_FILES, *MAX_TOKENIZER_BYTES)
+    return name in named or bool(_PART.fullmatch(name))
 
 
 def parse_index(data: bytes) -> dict[str, str]:

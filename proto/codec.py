@@ -20,6 +20,7 @@ _MESSAGES: tuple[type, ...] = (
     messages.StepResult,
     messages.FetchAdapterRequest,
     messages.AdapterInfo,
+    messages.AdapterTokenizer,
     messages.FetchProgress,
     messages.DropAdapterRequest,
 )

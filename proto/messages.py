@@ -146,6 +146,17 @@ class AdapterInfo:
     target_modules: list[str]
     tier: Tier
     piece_bytes: int = 0
+    vocab_size: int = 0
+    tokenizer_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTokenizer:
+    """The tokenizer an adapter ships, as its files are."""
+
+    digest: str
+    tokenizer_json: bytes = field(repr=False)
+    tokenizer_config_json: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lorafleet.proto.messages import AdapterInfo, AdapterKey, Tier
+from lorafleet.proto.messages import AdapterInfo, AdapterKey, ShardInfo, Tier
 
 
 class Adapter:
@@ -78,6 +78,30 @@ class AdapterPin:
         if self._is_open:
             self._is_open = False
             self.adapter._unpin()
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterHold:
+    """What a request holds before its prompt is tokenized: its adapter, or nothing."""
+
+    pin: AdapterPin | None = None
+    seconds: float = 0.0  # what it took to get it
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter, None for the base model."""
+        return self.pin.adapter if self.pin is not None else None
+
+    def close(self) -> None:
+        """Lets go; closing twice is harmless."""
+        if self.pin is not None:
+            self.pin.close()
+
+
+def num_tokens(info: ShardInfo, adapter: Adapter | None) -> int:
+    """Token ids that prompts to an adapter, or to the base model, may hold."""
+    own = adapter.info.vocab_size if adapter is not None else 0
+    return own or info.vocab_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,4 +80,4 @@ async def _background(app: web.Application) -> AsyncIterator[None]:
     yield
     keep_alive.cancel()
     await asyncio.gather(keep_alive, return_exceptions=True)
-    service.tokenizer.close()
+    await service.forms.close()

@@ -37,10 +37,10 @@ class ChatTemplate:
     """The template of a tokenizer's configuration, rendered in a sandbox."""
 
     def __init__(self, tokenizer_config: dict[str, Any]) -> None:
-        self._special_tokens = _special_tokens(tokenizer_config)
+        self._special_tokens = special_tokens(tokenizer_config)
         self._template: jinja2.Template | None = None
         self._missing = "this model has no chat template; use /v1/completions"
-        source = _source(tokenizer_config.get("chat_template"))
+        source = template_source(tokenizer_config.get("chat_template"))
         try:
             self._template = _environment().from_string(source) if source else None
         except jinja2.TemplateError as error:
@@ -103,15 +103,16 @@ def _part(where: str, part: Any) -> str:
     return check_string(f"{where}.text", part.get("text"))
 
 
-def _source(template: Any) -> str:
+def template_source(template: Any) -> str:
     """The template's text; of several named ones, the one named default."""
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
         template = named.get("default")
     return template if isinstance(template, str) else ""
 
 
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+def special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """Special tokens by name; an entry is a string or an AddedToken object."""
     found = {}
     for name in _SPECIAL_TOKENS:

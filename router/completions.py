@@ -51,7 +51,7 @@ def read_completion_call(
     )
 
 
-def read_prompts(fields: Fields, max_count: int, vocab_size: int) -> list[str | list[int]]:
+def read_prompts(fields: Fields, max_count: int) -> list[str | list[int]]:
     """The prompts as text or as token ids. Raises InvalidRequest."""
     value = fields.required("prompt")
     if isinstance(value, str):
@@ -59,25 +59,31 @@ def read_prompts(fields: Fields, max_count: int, vocab_size: int) -> list[str | 
     if not isinstance(value, list) or not value:
         raise refusal("prompt", _WANTED, value)
     if isinstance(value[0], int):
-        return [_token_ids(value, vocab_size)]
+        return [_token_ids(value)]
     if len(value) > max_count:
         raise refusal("prompt", f"a list of at most {max_count} prompts", value)
-    return [_prompt(item, vocab_size) for item in value]
+    return [_prompt(item) for item in value]
 
 
-def _prompt(value: Any, vocab_size: int) -> str | list[int]:
+def _prompt(value: Any) -> str | list[int]:
     if isinstance(value, list):
-        return _token_ids(value, vocab_size)
+        return _token_ids(value)
     if not isinstance(value, str):
         raise refusal("prompt", _WANTED, value)
     return check_string("prompt", value)
 
 
-def _token_ids(values: list[Any], vocab_size: int) -> list[int]:
+def _token_ids(values: list[Any]) -> list[int]:
     for value in values:
-        if type(value) is not int or not 0 <= value < vocab_size:
-            raise refusal("prompt", f"token ids between 0 and {vocab_size - 1}", value)
+        if type(value) is not int or value < 0:
+            raise refusal("prompt", "token ids from 0 up", value)
     return values
+
+
+def check_token_ids(ids: list[int], vocab_size: int) -> None:
+    """Raises InvalidRequest for ids that whom they are for has not."""
+    if ids and max(ids) >= vocab_size:
+        raise refusal("prompt", f"token ids between 0 and {vocab_size - 1}", max(ids))
 
 
 class CompletionWriter(OpenAiWriter):

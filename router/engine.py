@@ -9,13 +9,21 @@ from collections import deque
 from itertools import count
 
 from lorafleet.cache.residency import ByteLedger
-from lorafleet.proto.messages import AdapterInfo, AdapterKey, ShardInfo, StepPlan, Tier
+from lorafleet.proto.messages import (
+    AdapterInfo,
+    AdapterKey,
+    AdapterTokenizer,
+    ShardInfo,
+    StepPlan,
+    Tier,
+)
 from lorafleet.router.access import AccessMemory
 from lorafleet.router.activity import Activity
-from lorafleet.router.adapter import Adapter, AdapterPin, AdapterStatus
+from lorafleet.router.adapter import Adapter, AdapterHold, AdapterPin, AdapterStatus, num_tokens
 from lorafleet.router.adapters import AdapterDirectory
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.control import AdapterControl
+from lorafleet.router.deadline import NEVER, Deadline
 from lorafleet.router.errors import InvalidRequest, RequestError, ShardLost
 from lorafleet.router.failure_memory import FailureMemory
 from lorafleet.router.generation import Generation
@@ -100,37 +108,66 @@ class Engine:
         await self._directory.close()
         await self._shards.close()
 
-    async def submit(self, request: GenerationRequest) -> Generation:
-        """Fetches the request's adapter, if it names one, and queues the request.
+    async def hold(
+        self, key: AdapterKey | None, api_token: str = "", deadline: Deadline = NEVER
+    ) -> AdapterHold:
+        """Fetches an adapter and keeps it for requests to come, until the hold is closed.
+
+        Raises what `submit` raises for adapters and full queues.
+        """
+        asked_at = time.monotonic()
+        self._check_alive()
+        with self._queue_limit.enter(key):
+            if key is None:
+                return AdapterHold()
+            pin = await self._acquire(key, api_token, deadline)
+        return AdapterHold(pin, time.monotonic() - asked_at)
+
+    async def tokenizer(self, key: AdapterKey) -> AdapterTokenizer:
+        """What an adapter that is held ships of a tokenizer. Raises AdapterError or ShardLost."""
+        return await self._shards.tokenizer(key)
+
+    async def submit(
+        self, request: GenerationRequest, hold: AdapterHold | None = None
+    ) -> Generation:
+        """Queues a request, with its adapter, which is fetched unless the caller holds it.
 
         Raises InvalidRequest for sizes this group cannot hold, AdapterError or Overloaded for what
         an adapter's fetch or a full queue can say, DeadlineExceeded, ShardLost.
         """
-        submitted_at = time.monotonic()
-        self._check_request(request)
+        self._check_sizes(request)
         self._check_alive()
-        with self._queue_limit.enter(request.adapter):
-            pin = await self._acquire(request)
-        self._check_alive()
-        adapter = pin.adapter if pin is not None else None
-        sequence = Sequence(next(self._tickets), request, adapter, submitted_at)
+        if hold is None:
+            hold = await self.hold(request.adapter, request.api_token, request.deadline)
+            pin = hold.pin
+        else:
+            pin = hold.adapter.pin() if hold.adapter is not None else None
+        try:
+            self._check_alive()
+            self._check_ids(request, hold.adapter)
+            with self._queue_limit.enter(request.adapter):
+                pass  # others may have come since the hold was asked for
+        except BaseException:
+            if pin is not None:
+                pin.close()
+            raise
+        submitted_at = time.monotonic() - hold.seconds
+        sequence = Sequence(next(self._tickets), request, hold.adapter, submitted_at)
         generation = Generation(sequence, pin, self._abort)
         self._generations[sequence] = generation
         self._scheduler.submit(sequence)
         self._work.set()
         return generation
 
-    async def _acquire(self, request: GenerationRequest) -> AdapterPin | None:
-        if request.adapter is None:
-            return None
-        deadline, tier = request.deadline, self._tier(request.adapter)
+    async def _acquire(self, key: AdapterKey, api_token: str, deadline: Deadline) -> AdapterPin:
+        tier = self._tier(key)
         try:
             async with asyncio.timeout_at(deadline.when):
-                pin = await self._directory.acquire(request.adapter, request.api_token)
+                pin = await self._directory.acquire(key, api_token)
         except TimeoutError:
             raise deadline.error() from None
         # Only now, so that what does not exist has no metrics.
-        self.activity.looked_up(request.adapter, tier)
+        self.activity.looked_up(key, tier)
         try:
             self.control.check_device_room(pin.adapter)
         except BaseException:
@@ -247,7 +284,14 @@ class Engine:
         if self.failure is not None:
             raise self.failure
 
-    def _check_request(self, request: GenerationRequest) -> None:
+    def _check_ids(self, request: GenerationRequest, adapter: Adapter | None) -> None:
+        vocab_size = num_tokens(self.info, adapter)
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
+            raise InvalidRequest(
+                f"inputs must have token ids between 0 and {vocab_size - 1}", "inputs"
+            )
+
+    def _check_sizes(self, request: GenerationRequest) -> None:
         info = self.info
         num_prompt, num_new = len(request.prompt_ids), request.max_new_tokens
         if num_prompt < 1:
@@ -255,10 +299,6 @@ class Engine:
         if num_new < 1:
             raise InvalidRequest(
                 f"max_new_tokens must be at least 1, got {num_new}", "max_new_tokens"
-            )
-        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < info.vocab_size:
-            raise InvalidRequest(
-                f"inputs must have token ids between 0 and {info.vocab_size - 1}", "inputs"
             )
         num_cached = info.num_pages * info.page_size
         # The last token is never computed on, so it takes no place in the KV cache.

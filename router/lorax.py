@@ -62,7 +62,11 @@ class LoraxCall:
         return self.inputs if self.return_full_text else ""
 
     def requests(
-        self, prompt_ids: list[int], config: RouterConfig, info: ShardInfo
+        self,
+        prompt_ids: list[int],
+        eos_token_ids: frozenset[int],
+        config: RouterConfig,
+        info: ShardInfo,
     ) -> list[GenerationRequest]:
         """One per sequence of `best_of`. Raises PromptTooLong."""
         if self.truncate is not None:
@@ -85,6 +89,7 @@ class LoraxCall:
                 api_token=self.api_token,
                 deadline=self.deadline,
                 priority=self.priority,
+                eos_token_ids=eos_token_ids,
             )
             for index in range(self.best_of)
         ]

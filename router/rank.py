@@ -13,6 +13,8 @@ from lorafleet.proto import shard_pb2
 from lorafleet.proto.codec import decode, deserializer, serialize
 from lorafleet.proto.messages import (
     AdapterInfo,
+    AdapterKey,
+    AdapterTokenizer,
     DropAdapterRequest,
     FetchAdapterRequest,
     FetchProgress,
@@ -60,6 +62,9 @@ class Rank:
             _SERVICE + "FetchAdapter", serialize, deserializer(FetchProgress)
         )
         self._drop = self._channel.unary_unary(_SERVICE + "DropAdapter", serialize, None)
+        self._tokenizer = self._channel.unary_unary(
+            _SERVICE + "GetAdapterTokenizer", serialize, deserializer(AdapterTokenizer)
+        )
         self._list = self._channel.unary_unary(
             _SERVICE + "ListAdapters", None, shard_pb2.ListAdaptersReply.FromString
         )
@@ -102,6 +107,14 @@ class Rank:
             await self._drop(request)
         except aio.AioRpcError as error:
             raise self._error(error) from error
+
+    async def tokenizer(self, key: AdapterKey) -> AdapterTokenizer:
+        """What a fetched adapter ships of a tokenizer."""
+        try:
+            found: AdapterTokenizer = await self._tokenizer(key)
+        except aio.AioRpcError as error:
+            raise self._error(error) from error
+        return found
 
     async def list_adapters(self) -> list[AdapterInfo]:
         """Adapters the rank can serve without a remote source."""

@@ -29,6 +29,7 @@ class GenerationRequest:
     api_token: str = field(default="", repr=False)  # for the adapter's source
     deadline: Deadline = NEVER
     priority: int = 0  # lower is served first
+    eos_token_ids: frozenset[int] | None = None  # None = the base model's
     cache_salt: str = ""  # prefixes are shared only between equal salts
 
 

@@ -10,7 +10,7 @@ from lorafleet.router.answer import Answer, served_by
 from lorafleet.router.body import read_fields
 from lorafleet.router.lorax import LoraxCall, LoraxSequence, LoraxWriter, read_call
 from lorafleet.router.request import GenerationRequest
-from lorafleet.router.service import SERVICE, Clock, Service
+from lorafleet.router.service import SERVICE, Addressee, Clock, Service
 
 
 async def generate(request: web.Request) -> web.StreamResponse:
@@ -34,11 +34,13 @@ async def _respond(request: web.Request, stream: bool | None) -> web.StreamRespo
         body = await read_fields(request)
         info = service.engine.info
         call = read_call(body, request.headers, service.config, info, service.aliases, stream)
-        prompt_ids = await service.tokenizer.encode(call.inputs)
-        requests = call.requests(prompt_ids, service.config, info)
-        clock.validated()
         async with AsyncExitStack() as stack:
-            sequences = await _start(service, stack, call, requests, clock)
+            async with service.addressed(call.adapter, call.api_token, call.deadline) as to:
+                prompt_ids = await to.tokenizer.encode(call.inputs)
+                eos = to.form.eos_token_ids
+                requests = call.requests(prompt_ids, eos, service.config, info)
+                clock.validated(to.hold.seconds)
+                sequences = await _start(service, stack, call, requests, to, clock)
             answer = Answer(
                 request=request,
                 clock=clock,
@@ -48,7 +50,7 @@ async def _respond(request: web.Request, stream: bool | None) -> web.StreamRespo
                 generations=[sequence.generation for sequence in sequences],
                 completions=[sequence.completion for sequence in sequences],
             )
-            writer = LoraxWriter(call, service.tokenizer)
+            writer = LoraxWriter(call, to.tokenizer)
             if call.stream:
                 return await answer.stream(
                     lambda index, token: writer.frame(token, sequences[index]), ending=bytes
@@ -63,13 +65,16 @@ async def _start(
     stack: AsyncExitStack,
     call: LoraxCall,
     requests: list[GenerationRequest],
+    to: Addressee,
     clock: Clock,
 ) -> list[LoraxSequence]:
     return [
         LoraxSequence(
             request=request,
-            generation=await service.start(stack, request),
-            completion=service.completion(request, call.stops, clock.received_at, keep_stops=True),
+            generation=await service.start(stack, request, to),
+            completion=service.completion(
+                request, to.tokenizer, call.stops, clock.received_at, keep_stops=True
+            ),
         )
         for request in requests
     ]

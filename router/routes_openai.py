@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from aiohttp import web
 
@@ -12,12 +14,18 @@ from lorafleet.router.answer import Answer, served_by
 from lorafleet.router.body import read_fields
 from lorafleet.router.chat import read_messages
 from lorafleet.router.chat_completions import ChatWriter, read_chat_call
-from lorafleet.router.completions import CompletionWriter, read_completion_call, read_prompts
+from lorafleet.router.completions import (
+    CompletionWriter,
+    check_token_ids,
+    read_completion_call,
+    read_prompts,
+)
 from lorafleet.router.fields import check_string
 from lorafleet.router.openai import Choice, OpenAiCall, OpenAiWriter, Usage
 from lorafleet.router.prompt import fit
 from lorafleet.router.request import GenerationRequest
-from lorafleet.router.service import SERVICE, Clock, Service
+from lorafleet.router.service import SERVICE, Addressee, Clock, Service
+from lorafleet.router.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +42,14 @@ async def completions(request: web.Request) -> web.StreamResponse:
         config, info = service.config, service.engine.info
         call = read_completion_call(fields, request.headers, config, info, service.aliases)
         echo = fields.boolean("echo")
-        given = read_prompts(fields, config.max_concurrent_requests, info.vocab_size)
-        prompts = [await _prompt(service, prompt) for prompt in given]
-        writer = CompletionWriter(call, service.tokenizer, echo=echo)
+        given = read_prompts(fields, config.max_concurrent_requests)
+
+        async def prompts(to: Addressee) -> list[_Prompt]:
+            return [await _prompt(to, prompt) for prompt in given]
+
+        def writer(tokenizer: Tokenizer) -> OpenAiWriter:
+            return CompletionWriter(call, tokenizer, echo=echo)
+
         return await _respond(request, clock, call, writer, prompts, "prompt")
 
 
@@ -48,11 +61,12 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         info = service.engine.info
         call = read_chat_call(fields, request.headers, service.config, info, service.aliases)
         messages = read_messages(fields)
-        rendered = await service.tokenizer.in_thread(service.chat_template.render, messages)
-        text = check_string("messages", rendered)
-        ids = await service.tokenizer.encode(text, add_special_tokens=False)
-        writer = ChatWriter(call, service.tokenizer)
-        return await _respond(request, clock, call, writer, [_Prompt(text, ids)], "messages")
+
+        async def prompts(to: Addressee) -> list[_Prompt]:
+            text = check_string("messages", await to.form.render(messages))
+            return [_Prompt(text, await to.tokenizer.encode(text, add_special_tokens=False))]
+
+        return await _respond(request, clock, call, partial(ChatWriter, call), prompts, "messages")
 
 
 async def models(request: web.Request) -> web.Response:
@@ -81,35 +95,43 @@ async def models(request: web.Request) -> web.Response:
     return web.json_response({"object": "list", "data": data})
 
 
-async def _prompt(service: Service, given: str | list[int]) -> _Prompt:
+async def _prompt(to: Addressee, given: str | list[int]) -> _Prompt:
     if isinstance(given, str):
-        return _Prompt(given, await service.tokenizer.encode(given))
-    return _Prompt(service.tokenizer.decode(given), given)
+        return _Prompt(given, await to.tokenizer.encode(given))
+    check_token_ids(given, to.num_tokens)
+    return _Prompt(to.tokenizer.decode(given), given)
 
 
 async def _respond(
     request: web.Request,
     clock: Clock,
     call: OpenAiCall,
-    writer: OpenAiWriter,
-    prompts: list[_Prompt],
+    make_writer: Callable[[Tokenizer], OpenAiWriter],
+    read_prompts: Callable[[Addressee], Awaitable[list[_Prompt]]],
     prompt_field: str,
 ) -> web.StreamResponse:
     service = request.app[SERVICE]
-    requests = [_requests(service, call, prompt.ids, prompt_field) for prompt in prompts]
-    clock.validated()
     async with AsyncExitStack() as stack:
-        choices = [
-            Choice(
-                index=0,
-                prompt_text=prompt.text,
-                request=one,
-                generation=await service.start(stack, one),
-                completion=service.completion(one, call.stops, clock.received_at, keep_stops=False),
-            )
-            for prompt, best_of in zip(prompts, requests, strict=True)
-            for one in best_of
-        ]
+        async with service.addressed(call.adapter, call.api_token, call.deadline) as to:
+            prompts = await read_prompts(to)
+            requests = [
+                _requests(service, call, to, prompt.ids, prompt_field) for prompt in prompts
+            ]
+            clock.validated(to.hold.seconds)
+            choices = [
+                Choice(
+                    index=0,
+                    prompt_text=prompt.text,
+                    request=one,
+                    generation=await service.start(stack, one, to),
+                    completion=service.completion(
+                        one, to.tokenizer, call.stops, clock.received_at, keep_stops=False
+                    ),
+                )
+                for prompt, best_of in zip(prompts, requests, strict=True)
+                for one in best_of
+            ]
+        writer = make_writer(to.tokenizer)
         for index, choice in enumerate(choices):
             choice.index = index
         answer = Answer(
@@ -134,7 +156,7 @@ def _usage(answer: Answer) -> Usage:
 
 
 def _requests(
-    service: Service, call: OpenAiCall, prompt_ids: list[int], prompt_field: str
+    service: Service, call: OpenAiCall, to: Addressee, prompt_ids: list[int], prompt_field: str
 ) -> list[GenerationRequest]:
     max_new = fit(
         len(prompt_ids),
@@ -154,6 +176,7 @@ def _requests(
             api_token=call.api_token,
             deadline=call.deadline,
             priority=call.priority,
+            eos_token_ids=to.form.eos_token_ids,
         )
         for index in range(call.best_of)
     ]

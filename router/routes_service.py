@@ -61,7 +61,9 @@ async def tokenize(request: web.Request) -> web.Response:
     fields = await read_fields(request)
     inputs = check_string("inputs", fields.required("inputs"))
     special = fields.boolean("add_special_tokens", True)
-    spans = await request.app[SERVICE].tokenizer.spans(inputs, add_special_tokens=special)
+    spans = await request.app[SERVICE].forms.base.tokenizer.spans(
+        inputs, add_special_tokens=special
+    )
     return web.json_response(
         [
             {"id": id, "text": inputs[start:stop], "start": start, "stop": stop}

@@ -195,7 +195,9 @@ class Scheduler:
         return TokenEvent(token, sample.logprob, sample.top, finish)
 
     def _finish(self, sequence: Sequence, token: int) -> FinishReason | None:
-        if token in self._eos_token_ids and not sequence.request.ignore_eos:
+        request = sequence.request
+        own = request.eos_token_ids
+        if not request.ignore_eos and token in (self._eos_token_ids if own is None else own):
             return FinishReason.EOS_TOKEN
         return FinishReason.LENGTH if len(sequence.tokens) == sequence.max_tokens else None
 

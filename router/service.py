@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
 from aiohttp import web
 
+from lorafleet.proto.messages import AdapterKey, ShardInfo
+from lorafleet.router.adapter import AdapterHold, num_tokens
 from lorafleet.router.aliases import Aliases
-from lorafleet.router.chat import ChatTemplate
 from lorafleet.router.concurrency import Concurrency
 from lorafleet.router.config import RouterConfig
+from lorafleet.router.deadline import Deadline
 from lorafleet.router.engine import Engine
 from lorafleet.router.event_stream import KeepAlive
 from lorafleet.router.generation import Generation
 from lorafleet.router.metrics import Metrics
+from lorafleet.router.prompt_form import PromptForm
+from lorafleet.router.prompt_forms import PromptForms
 from lorafleet.router.request import GenerationRequest
 from lorafleet.router.stops import StopStrings
 from lorafleet.router.text import Completion
 from lorafleet.router.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Addressee:
+    """The base model or the adapter a request speaks to, and how it is spoken to."""
+
+    hold: AdapterHold
+    form: PromptForm
+    info: ShardInfo
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer."""
+        return self.form.tokenizer
+
+    @property
+    def num_tokens(self) -> int:
+        """Token ids its prompts may hold."""
+        return num_tokens(self.info, self.hold.adapter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +54,7 @@ class Service:
 
     engine: Engine
     config: RouterConfig
-    tokenizer: Tokenizer
-    chat_template: ChatTemplate
+    forms: PromptForms
     concurrency: Concurrency
     keep_alive: KeepAlive
     metrics: Metrics
@@ -47,8 +70,7 @@ class Service:
         return cls(
             engine=engine,
             config=config,
-            tokenizer=Tokenizer(info.tokenizer_json, config.validation_workers),
-            chat_template=ChatTemplate(json.loads(info.tokenizer_config_json or b"{}")),
+            forms=PromptForms(info, config.validation_workers, engine.tokenizer),
             concurrency=Concurrency(config.max_concurrent_requests),
             keep_alive=KeepAlive(),
             metrics=metrics,
@@ -56,16 +78,45 @@ class Service:
             started_at=int(time.time()),
         )
 
-    async def start(self, stack: AsyncExitStack, request: GenerationRequest) -> Generation:
+    @asynccontextmanager
+    async def addressed(
+        self, adapter: AdapterKey | None, api_token: str, deadline: Deadline
+    ) -> AsyncIterator[Addressee]:
+        """Whom a request speaks to, held for as long as its generations are being started.
+
+        Raises AdapterError, Overloaded, DeadlineExceeded or ShardLost.
+        """
+        hold = await self.engine.hold(adapter, api_token, deadline)
+        try:
+            yield Addressee(hold, await self._form(hold, deadline), self.engine.info)
+        finally:
+            hold.close()
+
+    async def _form(self, hold: AdapterHold, deadline: Deadline) -> PromptForm:
+        try:
+            async with asyncio.timeout_at(deadline.when):
+                return await self.forms.of(hold.adapter)
+        except TimeoutError:
+            raise deadline.error() from None
+
+    async def start(
+        self, stack: AsyncExitStack, request: GenerationRequest, to: Addressee
+    ) -> Generation:
         """Starts a generation that ends with `stack`. Raises RequestError."""
-        return await stack.enter_async_context(await self.engine.submit(request))
+        return await stack.enter_async_context(await self.engine.submit(request, to.hold))
 
     def completion(
-        self, request: GenerationRequest, stops: list[str], received_at: float, *, keep_stops: bool
+        self,
+        request: GenerationRequest,
+        tokenizer: Tokenizer,
+        stops: list[str],
+        received_at: float,
+        *,
+        keep_stops: bool,
     ) -> Completion:
         """The text-to-be of a request's generation."""
         return Completion(
-            self.tokenizer.detokenizer(request.prompt_ids),
+            tokenizer.detokenizer(request.prompt_ids),
             StopStrings(stops, keep=keep_stops),
             self.metrics,
             received_at,
@@ -87,9 +138,9 @@ class Clock:
         """Now."""
         return cls(perf_counter())
 
-    def validated(self) -> None:
-        """The body is parsed and tokenized."""
-        self.validated_at = perf_counter()
+    def validated(self, waited_seconds: float) -> None:
+        """The body is parsed and tokenized; it was waited so long for an adapter meanwhile."""
+        self.validated_at = perf_counter() - waited_seconds
 
     @property
     def validation_seconds(self) -> float:

@@ -14,6 +14,7 @@ from lorafleet.proto.codec import serialize
 from lorafleet.proto.messages import (
     AdapterInfo,
     AdapterKey,
+    AdapterTokenizer,
     DropAdapterRequest,
     FetchAdapterRequest,
     ShardInfo,
@@ -97,6 +98,10 @@ class ShardGroup:
         """Forgets an adapter's copy in a tier and above on every rank. Raises ShardLost."""
         request = DropAdapterRequest(key, tier)
         await _all(rank.drop(request) for rank in self._ranks)
+
+    async def tokenizer(self, key: AdapterKey) -> AdapterTokenizer:
+        """What a fetched adapter ships of a tokenizer. Raises AdapterError or ShardLost."""
+        return await self._ranks[0].tokenizer(key)
 
     async def list_adapters(self) -> list[AdapterInfo]:
         """Adapters any rank holds, with the largest sizes and the highest tier of all ranks."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from tokenizers import Tokenizer as TokenizerFile
 
 from lorafleet.router.detokenizer import Detokenizer, Utf8Detokenizer, WindowDetokenizer
+from lorafleet.router.errors import InvalidRequest
 
 R = TypeVar("R")
 
@@ -27,18 +28,21 @@ class Span(NamedTuple):
 
 
 class Tokenizer:
-    """The base model's tokenizer.
+    """The tokenizer of the base model, or of an adapter that has its own.
 
     `special_ids` have no text in what is generated. Encoding has threads of its own, since a long
     prompt takes tens of milliseconds; decoding a token takes microseconds and needs none.
     """
 
-    def __init__(self, tokenizer_json: bytes, num_threads: int) -> None:
+    def __init__(self, tokenizer_json: bytes, threads: int | ThreadPoolExecutor) -> None:
+        """`threads`: how many it has, or those it shares with others."""
         file = json.loads(tokenizer_json)
         self._file = TokenizerFile.from_str(tokenizer_json.decode())
         self._file.no_truncation()
         self._file.no_padding()
-        self._threads = ThreadPoolExecutor(num_threads, "tokenizer")
+        if isinstance(threads, int):
+            threads = ThreadPoolExecutor(threads, "tokenizer")
+        self._threads = threads
         added = self._file.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         # A model's logits may be wider than its tokenizer: ids without a token have no text either.
@@ -51,8 +55,15 @@ class Tokenizer:
         self._decode_window = lru_cache(_MAX_CACHED_WINDOWS)(self.decode)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, with the tokenizer's own special tokens around it if asked."""
-        return await self.in_thread(self._encode, text, add_special_tokens)
+        """Token ids of `text`, with the tokenizer's own special tokens around it if asked.
+
+        Raises InvalidRequest where it has none for this text.
+        """
+        try:
+            return await self.in_thread(self._encode, text, add_special_tokens)
+        except Exception as error:  # the library has no type of its own
+            reason = f"the tokenizer cannot encode this text: {str(error)[:200]}"
+            raise InvalidRequest(reason) from None
 
     async def spans(self, text: str, *, add_special_tokens: bool = True) -> list[Span]:
         """Token ids of `text` and where each stands in it."""
@@ -61,6 +72,11 @@ class Tokenizer:
     async def in_thread(self, call: Callable[..., R], *args: Any) -> R:
         """Runs what may take long in one of the tokenizer's threads."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is written so, None if there is none."""
+        found: int | None = self._file.token_to_id(text)
+        return found
 
     def token_text(self, token_id: int) -> str:
         """A token's own text, inside a sentence; U+FFFD where it holds part of a character."""

@@ -22,7 +22,8 @@ class Batch:
     """One step's flat tensors; T tokens, S of whose rows sample.
 
     token_ids, positions: [T] int64. sample_tokens: [S] int64, indices into T of the last tokens of
-    the sampling rows. sample_rows: those rows; sample_positions: where their new tokens will stand.
+    the sampling rows. sample_rows: those rows; sample_positions: where their new tokens will stand;
+    sample_segments: (slot, start, stop) of their runs that use one adapter.
     spans: the prefill rows.
     """
 
@@ -34,6 +35,7 @@ class Batch:
     sample_tokens: torch.Tensor
     sample_rows: list[int]
     sample_positions: list[int]
+    sample_segments: tuple[tuple[int, int, int], ...]
 
 
 def build_batch(
@@ -68,6 +70,7 @@ def build_batch(
         ),
         sample_rows=[plan.rows[i] for i in picked],
         sample_positions=[plan.first_positions[i] + plan.token_counts[i] for i in picked],
+        sample_segments=_segments([plan.slots[i] for i in picked], [1] * len(picked)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Tensor-parallel layers: what takes the place of a decoder's linears and embedding.
+"""Tensor-parallel layers: what takes the place of a decoder's linears.
 
 Every linear of a decoder layer ends up in one of two forms. Column-parallel ones that share an
 input (q/k/v, gate/up) are merged into one GEMM and one LoRA site; row-parallel ones (o, down) sum
@@ -7,11 +7,10 @@ over the ranks. LoRA is added before that sum, so an adapter costs no extra coll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lorafleet.cache.layout import LoraSite
@@ -21,6 +20,8 @@ from lorafleet.kernels.lora.op import LoraBatch, Pending, lora_product
 from lorafleet.kernels.lora.weights import SiteWeights
 from lorafleet.shard.group import Group
 
+Segments = Sequence[tuple[int, int, int]]  # (slot, start, stop) of runs of rows
+
 
 class SlotParts(NamedTuple):
     """A run of tokens whose adapter has parts."""
@@ -28,6 +29,17 @@ class SlotParts(NamedTuple):
     tensors: Mapping[str, torch.Tensor]  # by name, on the device
     start: int
     stop: int
+
+
+def slot_parts(
+    segments: Segments, parts_of: Callable[[int], Mapping[str, torch.Tensor]]
+) -> tuple[SlotParts, ...]:
+    """Of these runs those whose adapter has parts; `parts_of` gives a slot's."""
+    return tuple(
+        SlotParts(tensors, start, stop)
+        for slot, start, stop in segments
+        if (tensors := parts_of(slot))
+    )
 
 
 class LoraState:
@@ -45,11 +57,7 @@ class LoraState:
     ) -> None:
         """A forward over the rows of `batch` begins; `parts_of` gives a slot's parts."""
         self.batch = batch
-        self.parts = tuple(
-            SlotParts(tensors, start, stop)
-            for slot, start, stop in batch.segments
-            if (tensors := parts_of(slot))
-        )
+        self.parts = slot_parts(batch.segments, parts_of)
 
 
 class Site(nn.Module):
@@ -201,52 +209,6 @@ class RowSite(Site):
         for view, scale_shift in adjustments:
             view.add_(scale_shift[1])
         return y, None
-
-
-class VocabEmbedding(nn.Module):
-    """A vocabulary-parallel embedding: each rank looks up its entries, the ranks' results sum.
-
-    Wraps the model's own embedding module, which keeps what it does besides the lookup (Gemma
-    scales); only one rank's term is non-zero, so the sum is exact.
-    """
-
-    def __init__(self, lookup: nn.Embedding, start: int, group: Group) -> None:
-        super().__init__()
-        self.lookup = lookup
-        self._start, self._group = start, group
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """[1, num_tokens] ids -> [1, num_tokens, hidden]."""
-        if self._group.size == 1:
-            return self.lookup(ids)  # type: ignore[no-any-return]
-        local = ids - self._start
-        here = (local >= 0) & (local < self.lookup.weight.shape[0])
-        rows: torch.Tensor = self.lookup(local.masked_fill(~here, 0))
-        return self._group.all_reduce_(rows.masked_fill_(~here.unsqueeze(-1), 0))
-
-
-class VocabHead(nn.Module):
-    """A vocabulary-parallel output layer: each rank computes its entries, then all get all."""
-
-    def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, vocab_size: int, group: Group
-    ) -> None:
-        super().__init__()
-        self.weight, self.bias = weight, bias
-        self._vocab_size, self._group = vocab_size, group
-
-    def prepack(self) -> None:
-        """As a site's; an embedding that shares the weight keeps it as it was."""
-        self.weight = nn.Parameter(prepack(self.weight), requires_grad=False)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] -> logits [n, vocab_size], the same bits on every rank."""
-        local = linear(hidden, self.weight, self.bias)
-        if self._group.size == 1:
-            return local
-        width = -(-self._vocab_size // self._group.size)
-        padded = F.pad(local, (0, width - local.shape[1]))  # the last rank may have fewer
-        return self._group.all_gather_columns(padded)[:, : self._vocab_size]
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> nn.Parameter:

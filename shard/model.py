@@ -1,8 +1,9 @@
 """Decoder: transformers' own modelling over this rank's slice of the weights.
 
 The model is built on the meta device from a config that names this rank's heads and columns only;
-its linears and its embedding are swapped for the tensor-parallel ones of `layers`, and the weights
-are then streamed from the checkpoint straight into place. A rank never holds the whole model.
+its linears and its embedding are swapped for the tensor-parallel ones of `layers` and `vocabulary`,
+and the weights are then streamed from the checkpoint straight into place. A rank never holds the
+whole model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lorafleet.cache.device_tier import DeviceTier
-from lorafleet.cache.layout import LoraSite, ModelLayout
+from lorafleet.cache.layout import LoraSite, ModelLayout, VocabularyLayout
 from lorafleet.kernels.lora.op import LoraBatch
 from lorafleet.shard import attention
 from lorafleet.shard.attention import AttentionKind, PagedBatch, attention_kind
@@ -32,11 +33,12 @@ from lorafleet.shard.layers import (
     ColumnSite,
     LoraState,
     RowSite,
+    Segments,
     Site,
-    VocabEmbedding,
-    VocabHead,
+    slot_parts,
 )
 from lorafleet.shard.partition import MERGED, Interval, Partition
+from lorafleet.shard.vocabulary import VocabEmbedding, VocabHead
 
 # Families whose tokens are proven equal to transformers + peft by the tests.
 SUPPORTED = (
@@ -127,12 +129,14 @@ class Decoder:
         self.layout = ModelLayout(
             config.name_or_path,
             tuple(site.layout for site in self.sites),
-            moe=tuple(block.layout for block in self._moe_blocks()),
+            self._vocabulary(),
+            tuple(block.layout for block in self._moe_blocks()),
         )
 
     def attach_adapters(self, adapters: DeviceTier) -> None:
         """Gives every site its adapters' weights, and every forward their parts."""
         self._parts_of = adapters.parts
+        self._base.embed_tokens.attach(self._lora)
         for index, site in enumerate(self.sites):
             site.attach(self._lora, adapters.site(index))
 
@@ -158,9 +162,16 @@ class Decoder:
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 logits [n, vocab_size] of hidden states [n, hidden]."""
-        return self.finish_logits(self.head(hidden))
+    def logits(self, hidden: torch.Tensor, segments: Segments = ()) -> torch.Tensor:
+        """float32 logits [n, vocab_size] of hidden states [n, hidden]; `segments` are their slots.
+
+        Where an adapter has tokens that the base has not, there are more columns: as many as the
+        largest vocabulary. A token that a row does not have is -inf there.
+        """
+        runs = slot_parts(segments, self._parts_of)
+        raw = self.head(hidden, runs)
+        logits = self.finish_logits(raw)
+        return logits.masked_fill_(raw == -torch.inf, -torch.inf) if runs else logits
 
     @property
     def has_plain_logits(self) -> bool:
@@ -271,11 +282,18 @@ class Decoder:
         lookup = self._base.embed_tokens
         lookup.weight = self._empty(stop - start, self.partition.hidden_size)
         lookup.padding_idx = None  # plays no part in a lookup, and may lie outside this slice
-        self._base.embed_tokens = VocabEmbedding(lookup, start, self._group)
+        self._base.embed_tokens = VocabEmbedding(
+            lookup, start, self.partition.vocab_size, self._group
+        )
         tied = self.config.tie_word_embeddings
         weight = lookup.weight if tied else self._empty(stop - start, self.partition.hidden_size)
         bias = self._empty(stop - start) if model.lm_head.bias is not None else None
         return VocabHead(weight, bias, self.partition.vocab_size, self._group)
+
+    def _vocabulary(self) -> VocabularyLayout:
+        part = self.partition
+        tied = bool(self.config.tie_word_embeddings)
+        return VocabularyLayout(part.vocab_size, part.hidden_size, part.vocab_range, tied)
 
     def _weights(self) -> Iterator[Weight]:
         yield from self._vocabulary_weights()

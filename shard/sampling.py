@@ -15,6 +15,9 @@ import torch
 from lorafleet.proto.messages import SamplingParams
 from lorafleet.shard.transfers import to_device
 
+# OpenAI's number for what cannot be: a finite one, as JSON has no others.
+LOWEST_LOGPROB = -9999.0
+
 _MASK64 = (1 << 64) - 1
 
 
@@ -63,7 +66,8 @@ def is_greedy(params: SamplingParams) -> bool:
 def top_logprobs(logits: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and log-probabilities of the `num` likeliest tokens, best first: two [S, num]."""
     values, ids = logits.topk(num, dim=-1)
-    return ids, values - torch.logsumexp(logits, dim=-1, keepdim=True)
+    logprobs = values - torch.logsumexp(logits, dim=-1, keepdim=True)
+    return ids, logprobs.clamp_(min=LOWEST_LOGPROB)
 
 
 def uniform(seed: int, position: int) -> float:

@@ -117,6 +117,13 @@ class ShardService(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
         self._ready_store(context).drop(decode(request))
         return shard_pb2.DropAdapterReply()
 
+    def GetAdapterTokenizer(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """See shard.proto."""
+        try:
+            return encode(self._ready_store(context).tokenizer(decode(request)))
+        except errors.AdapterFault as fault:
+            _abort(context, _CODES[type(fault)], str(fault))
+
     def ListAdapters(self, request: Any, context: grpc.ServicerContext) -> Any:
         """See shard.proto."""
         adapters = self._ready_store(context).list()

@@ -19,7 +19,7 @@ from lorafleet.shard.flash_attention import FlashAttention
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
-from lorafleet.shard.sampling import Draw, is_greedy, sample, top_logprobs
+from lorafleet.shard.sampling import LOWEST_LOGPROB, Draw, is_greedy, sample, top_logprobs
 from lorafleet.shard.streams import StepStream
 from lorafleet.shard.transfers import to_device, to_host
 
@@ -156,7 +156,7 @@ class Worker:
         )
         hidden = self._decoder.forward(batch.token_ids, batch.positions, batch.paged, batch.lora)
         if batch.sample_rows:
-            logits = self._decoder.logits(hidden[batch.sample_tokens])
+            logits = self._decoder.logits(hidden[batch.sample_tokens], batch.sample_segments)
             draw = self._draw(logits, batch.sample_rows, batch.sample_positions)
             launched.columns |= self._answer(logits, draw, batch.sample_rows)
         launched.columns |= self._prompt_logprobs(plan, batch, hidden)
@@ -215,11 +215,13 @@ class Worker:
     ) -> dict[str, torch.Tensor]:
         """log p(next prompt token) at every position of the rows that asked, token by token."""
         found: list[torch.Tensor] = []
-        for span, row in zip(batch.spans, plan.rows, strict=False):
+        for span, row, slot in zip(batch.spans, plan.rows, plan.slots, strict=False):
             if self._rows.sampling[row].prompt_logprobs:
                 last = self._rows.num_prompt_tokens[row] - 1
                 count = min(span.stop - span.start, max(0, last - span.first))
-                logits = self._decoder.logits(hidden[span.start : span.start + count])
+                states = hidden[span.start : span.start + count]
+                logits = self._decoder.logits(states, [(slot, 0, count)])
                 nexts = self._rows.tokens[row, span.first + 1 : span.first + 1 + count]
-                found.append(logits.log_softmax(-1).gather(1, nexts.unsqueeze(1)).squeeze(1))
+                logprobs = logits.log_softmax(-1).gather(1, nexts.unsqueeze(1)).squeeze(1)
+                found.append(logprobs.clamp_(min=LOWEST_LOGPROB))
         return {"prompt_logprobs": to_host(torch.cat(found))} if found else {}

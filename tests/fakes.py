@@ -34,6 +34,7 @@ from lorafleet.proto.flags import add_flags, flag, from_flags
 from lorafleet.proto.messages import (
     AdapterInfo,
     AdapterKey,
+    AdapterTokenizer,
     DropAdapterRequest,
     FetchAdapterRequest,
     FetchProgress,
@@ -132,6 +133,9 @@ class FakeShard:
         self.drops: list[DropAdapterRequest] = []
         self.adapters: dict[AdapterKey, AdapterInfo] = {}
         self.contents: dict[str, str] = {}  # id -> digest, for an adapter that changes
+        self.tokenizers: dict[str, AdapterTokenizer] = {}  # id -> what the adapter ships
+        self.vocab_sizes: dict[str, int] = {}  # id -> tokens it has
+        self.num_tokenizers_asked = 0
         self._changed = threading.Condition()  # guards the records above
         self._stream: Any = None  # the live Run call's context
         self._server = grpc.server(ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
@@ -239,7 +243,18 @@ class FakeShard:
         nbytes = self.config.adapter_bytes * (1 + int(number) % 3)
         digest = self.contents.get(request.key.id, f"digest of {request.key}")
         disk = nbytes if request.key.source == "hub" else 0
-        return AdapterInfo(request.key, digest, 8, nbytes, disk, ["q_proj"], request.tier)
+        ships = self.tokenizers.get(request.key.id)
+        return AdapterInfo(
+            request.key, digest, 8, nbytes, disk, ["q_proj"], request.tier,
+            vocab_size=self.vocab_sizes.get(request.key.id, 0),
+            tokenizer_digest=ships.digest if ships else "",
+        )  # fmt: skip
+
+    def tokenizer(self, key: AdapterKey, context: Any) -> AdapterTokenizer:
+        """GetAdapterTokenizer."""
+        with self._changed:
+            self.num_tokenizers_asked += 1
+        return self.tokenizers[key.id]
 
     def _merge(
         self, request: FetchAdapterRequest, members: tuple[AdapterKey, ...], context: Any
@@ -288,6 +303,9 @@ def _handlers(shard: FakeShard) -> grpc.GenericRpcHandler[Any, Any]:
             ),
             "DropAdapter": grpc.unary_unary_rpc_method_handler(
                 drop, deserializer(DropAdapterRequest), proto
+            ),
+            "GetAdapterTokenizer": grpc.unary_unary_rpc_method_handler(
+                shard.tokenizer, deserializer(AdapterKey), serialize
             ),
             "ListAdapters": grpc.unary_unary_rpc_method_handler(list_adapters, ignore, proto),
         },

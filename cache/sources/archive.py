@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.sources.transfer import disk_faults
+from lorafleet.cache.tokenizer_files import check_size
 from lorafleet.cache.weight_files import CONFIG_FILE, adapter_files
 
 _MAX_MEMBERS = 1000
@@ -52,7 +53,7 @@ def unpack(
     reserve: Callable[[int], None],
     allow_pickles: bool = False,
 ) -> int:
-    """Writes config and weights into `directory`; returns their bytes.
+    """Writes the adapter's files into `directory`; returns their bytes.
 
     `reserve` is told those bytes before they are written. Raises AdapterUnservable for an archive
     that is not one, has a link, a device, a path that leads out of it, two files of a name, more
@@ -130,7 +131,7 @@ def _path(name: str) -> PurePosixPath:
 
 
 def _adapter_files(members: list[_Member], limit: int, allow_pickles: bool) -> list[_Member]:
-    """Config and weights, in the archive's order."""
+    """Config, weights and what there is of a tokenizer, in the archive's order."""
     by_path = {member.path: member for member in members}
     if len(by_path) < len(members):
         raise AdapterUnservable("The archive has several files of one name.")
@@ -141,7 +142,10 @@ def _adapter_files(members: list[_Member], limit: int, allow_pickles: bool) -> l
     present = {path.name for path in by_path if path.parent == folder}
     names = adapter_files(present, allow_pickles, "The archive")
     wanted = {folder / name for name in names}
-    return [member for member in members if member.path in wanted]
+    chosen = [member for member in members if member.path in wanted]
+    for member in chosen:
+        check_size(member.path.name, member.nbytes)
+    return chosen
 
 
 def _folder(paths: list[PurePosixPath]) -> PurePosixPath:

@@ -44,6 +44,7 @@ from lorafleet.cache.sources.checksum import Checksum
 from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import Patience, Progress
 from lorafleet.cache.sources.transfer import Body, RemoteFile, Transfer, ranged_offset
+from lorafleet.cache.tokenizer_files import check_size
 from lorafleet.cache.weight_files import CONFIG_FILE, adapter_files
 from lorafleet.proto.messages import AdapterKey
 
@@ -183,6 +184,7 @@ def _files(key: AdapterKey, info: Any, allow_pickles: bool) -> list[RemoteFile]:
         size = present[name].size
         if type(size) is not int or size < 0:
             raise SourceUnavailable(f"The hub did not say how large {name} of {shown(key.id)} is.")
+        check_size(name, size)
     return [RemoteFile(name, present[name].size, _checksum(present[name])) for name in names]
 
 

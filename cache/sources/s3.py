@@ -27,6 +27,7 @@ from lorafleet.cache.sources.checksum import Checksum
 from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import Patience, Progress
 from lorafleet.cache.sources.transfer import Body, RemoteFile, Transfer, ranged_offset
+from lorafleet.cache.tokenizer_files import MAX_TOKENIZER_BYTES, check_size
 from lorafleet.cache.weight_files import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -121,6 +122,8 @@ class _Folder:
                 heads |= self._heads(*PICKLE_FILES)
             if not heads:
                 raise AdapterNotFound(f"S3 has no {self.name}.")
+        optional = ((name, self._optional_head(name)) for name in MAX_TOKENIZER_BYTES)
+        heads |= {name: head for name, head in optional if head is not None}
         names = adapter_files(heads, allow_pickles, self.name)
         return [self._file(name, heads[name]) for name in names]
 
@@ -194,7 +197,15 @@ class _Folder:
                 return None
             raise fault from None
 
+    def _optional_head(self, name: str) -> Any:
+        """As `_head`; to a server that may not list a bucket S3 says 403 of what is not there."""
+        try:
+            return self._head(name)
+        except AdapterForbidden:
+            return None
+
     def _file(self, name: str, head: Any) -> RemoteFile:
+        check_size(name, head["ContentLength"])
         self._pins[name] = {"IfMatch": head["ETag"]}
         if head.get("VersionId", "null") != "null":
             self._pins[name]["VersionId"] = head["VersionId"]

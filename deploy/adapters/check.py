@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
+from transformers.utils.hub import cached_file
 
 from lorafleet.cache.adapter_files import AdapterSpec, digest_files, read_spec
 from lorafleet.cache.base_weights import BaseWeights
@@ -19,7 +20,10 @@ from lorafleet.cache.errors import AdapterFault
 from lorafleet.cache.host_memory import allocate
 from lorafleet.cache.layout import Interval, ModelLayout
 from lorafleet.cache.packing import pack
+from lorafleet.cache.tokenizer_files import TOKENIZER_FILE, read_tokenizer
 from lorafleet.deploy.adapters.verdict import Verdict
+from lorafleet.router.errors import AdapterError
+from lorafleet.router.prompt_form import open_tokenizer
 from lorafleet.shard.base_weights import CheckpointWeights
 from lorafleet.shard.checkpoint import Checkpoint
 from lorafleet.shard.errors import BadCheckpoint
@@ -39,12 +43,12 @@ def check_folders(
     config = _config(model_id, revision)
     kind = _dtype(dtype, config)
     layouts = [_layout(config, rank, num_shard, kind) for rank in range(num_shard)]
-    base = _base(model_id, layouts[0], kind)
+    base, tokenizer = _base(model_id, layouts[0], kind), _tokenizer_file(model_id, revision)
 
     def read(path: str, layout: ModelLayout) -> AdapterSpec:
         return read_spec(Path(path), layout, base, allow_pickles)
 
-    return [_check(path, layouts, read, kind) for path in paths]
+    return [_check(path, layouts, read, kind, tokenizer) for path in paths]
 
 
 def _check(
@@ -52,6 +56,7 @@ def _check(
     layouts: list[ModelLayout],
     read: Callable[[str, ModelLayout], AdapterSpec],
     dtype: torch.dtype,
+    tokenizer: bytes,
 ) -> Verdict:
     try:
         forms = []
@@ -59,6 +64,9 @@ def _check(
             spec = read(path, layout)
             forms.append(spec.form(layout, dtype.itemsize))
             pack(spec, layout, allocate(forms[-1], dtype, False), _ignore)
+        shipped = read_tokenizer(Path(path)).tokenizer_json
+        if shipped:
+            open_tokenizer(shipped, tokenizer, 1).close()
         return Verdict(
             path=path,
             rank=spec.rank,
@@ -67,14 +75,14 @@ def _check(
             packed_bytes=max(form.nbytes for form in forms),
             digest=digest_files(spec, _ignore),
         )
-    except AdapterFault as fault:
+    except (AdapterFault, AdapterError) as fault:
         return Verdict(path, str(fault))
 
 
 def _config(model_id: str, revision: str) -> Any:
-    name, _, pinned = (model_id, "", "") if Path(model_id).is_dir() else model_id.partition("@")
+    name, wanted = _name(model_id, revision)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision or pinned or None)
+        return AutoConfig.from_pretrained(name, revision=wanted)
     except OSError as error:
         raise ValueError(f"--model-id {model_id}: {str(error).splitlines()[0]}") from error
 
@@ -99,6 +107,22 @@ class _Ones:
         count = sum(stop - start for start, stop in intervals)
         shape = (count,) if kind == "bias" else (count, self._targets[module].in_features)
         return torch.ones(shape)
+
+
+def _tokenizer_file(model_id: str, revision: str) -> bytes:
+    """The base model's, which adapters' are compared with; an empty one where there is none."""
+    name, wanted = _name(model_id, revision)
+    path = cached_file(
+        name, TOKENIZER_FILE, revision=wanted, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return Path(path).read_bytes() if path else b"{}"
+
+
+def _name(model_id: str, revision: str) -> tuple[str, str | None]:
+    """A folder, or a hub's name and revision."""
+    name, _, pinned = (model_id, "", "") if Path(model_id).is_dir() else model_id.partition("@")
+    return name, revision or pinned or None
 
 
 def _layout(config: Any, rank: int, num_shard: int, dtype: torch.dtype) -> ModelLayout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorafleet.cache.layout import Interval, LoraSite, ModelLayout, TargetModule
+from lorafleet.cache.layout import (
+    Interval,
+    LoraSite,
+    ModelLayout,
+    TargetModule,
+    VocabularyLayout,
+)
 from lorafleet.proto.flags import Bytes
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 32, 48, 4, 2, 8, 2
+VOCAB = 64
 
 FEATURES = {  # name -> in, out
     "self_attn.q_proj": (HIDDEN, HEADS * HEAD_DIM),
@@ -44,6 +52,9 @@ def tiny_layout(rank: int = 0, world: int = 1) -> ModelLayout:
             )
             for layer in range(LAYERS)
             for names in SITES
+        ),
+        VocabularyLayout(
+            VOCAB, HIDDEN, (rank * VOCAB // world, (rank + 1) * VOCAB // world), is_tied=False
         ),
     )
 
@@ -140,3 +151,14 @@ def pickle_weights(directory: Path, name: str = "adapter_model.bin") -> Path:
     torch.save(load_file(whole), directory / name)
     whole.unlink()
     return directory
+
+
+class KnownWeights:
+    """BaseWeights of a model that is in memory, by tensor name."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def rows(self, name: str, intervals: Sequence[Interval]) -> torch.Tensor:
+        """See BaseWeights."""
+        return torch.cat([self._tensors[name][start:stop] for start, stop in intervals])

@@ -139,6 +139,15 @@ def assert_same(directory: Path, folder: Path) -> None:
         assert (directory / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_a_tokenizer_comes_along(disk: DiskTier, server: str, client: Any, folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "vocab.json").write_text("not needed")
+    upload(client, folder, "team/foo")
+    directory = S3Source(disk, server).fetch(KEY, "", ignore)
+    found = {path.name for path in directory.iterdir()}
+    assert found == {*FILES, "chat_template.jinja", "download.json"}
+
+
 def test_downloads_once_and_pins_what_it_saw(disk: DiskTier, server: str, folder: Path) -> None:
     seen: list[FetchProgress] = []
     source = S3Source(disk, server)

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from lorafleet.proto.messages import SamplingParams
+from lorafleet.shard import sampling
 from lorafleet.shard.sampling import Draw, sample, top_logprobs, uniform
 
 VOCAB = 50
@@ -97,6 +98,36 @@ def test_repetition_penalty_changes_the_greedy_choice_as_in_transformers() -> No
     expected = processor(tokens, scores.clone()).argmax(-1)
     assert draw(scores, params, tokens).tokens.tolist() == expected.tolist()
     assert not torch.equal(expected, scores.argmax(-1))
+
+
+def test_tokens_that_a_row_has_not_change_nothing_and_are_never_drawn() -> None:
+    """A batch's logits are as wide as its widest vocabulary; the others' columns are -inf."""
+    params = [replace(p, seed=seed) for p in VARIED for seed in range(200)]
+    scores, tokens = logits(len(VARIED)), history(len(VARIED))
+    scores = scores.repeat_interleave(200, dim=0)
+    tokens = tokens.repeat_interleave(200, dim=0)
+    wide = torch.cat([scores, torch.full((len(scores), 30), -torch.inf)], dim=1)
+    narrow, widened = draw(scores, params, tokens), draw(wide, params, tokens)
+    assert torch.equal(narrow.tokens, widened.tokens)
+    torch.testing.assert_close(narrow.logprobs, widened.logprobs)
+
+
+def test_a_prompts_token_that_the_head_has_not_may_be_penalized() -> None:
+    wide = torch.cat([logits(1), torch.full((1, 30), -torch.inf)], dim=1)
+    tokens = history(1)
+    tokens[0, 0] = VOCAB + 29
+    drawn = draw(wide, [SamplingParams(repetition_penalty=1.5, temperature=1.0)], tokens)
+    assert drawn.tokens.item() < VOCAB
+
+
+def test_the_largest_uniform_number_draws_a_token_of_the_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sampling, "uniform", lambda seed, position: 1 - 2.0**-53)
+    params = [SamplingParams(temperature=1.0, seed=seed) for seed in range(64)]
+    scores = logits(64)
+    wide = torch.cat([scores, torch.full((64, 30), -torch.inf)], dim=1)
+    assert draw(wide, params, history(64)).tokens.max() < VOCAB
 
 
 def test_a_draw_is_the_same_whatever_shares_its_batch() -> None:

@@ -1,0 +1,96 @@
+"""The tokenizer and chat template an adapter may ship beside its weights.
+
+transformers writes them into an adapter's folder when it saves its tokenizer there. They are handed
+to the router as they are; what it makes of them is its business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorafleet.cache.errors import AdapterUnservable
+
+TOKENIZER_FILE = "tokenizer.json"
+_CONFIG_FILE = "tokenizer_config.json"
+_SPECIAL_FILE = "special_tokens_map.json"
+_TEMPLATE_FILE = "chat_template.jinja"
+
+# The most bytes each may have; the largest vocabularies of today take about 35 MB.
+MAX_TOKENIZER_BYTES = {
+    TOKENIZER_FILE: 64 << 20,
+    _CONFIG_FILE: 8 << 20,
+    _SPECIAL_FILE: 1 << 20,
+    _TEMPLATE_FILE: 1 << 20,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """What was found, and a digest of it; all empty where the adapter ships nothing."""
+
+    digest: str = ""
+    tokenizer_json: bytes = field(default=b"", repr=False)
+    config_json: bytes = field(default=b"", repr=False)  # the template put back inside
+
+
+def check_size(name: str, nbytes: int) -> None:
+    """Raises AdapterUnservable for a tokenizer's file that is larger than any is."""
+    limit = MAX_TOKENIZER_BYTES.get(name)
+    if limit is not None and nbytes > limit:
+        raise AdapterUnservable(f"{name} has {nbytes} bytes; it may have {limit}.")
+
+
+def read_tokenizer(directory: Path) -> TokenizerFiles:
+    """Raises AdapterUnservable naming a file that is too large or is not what it should be."""
+    contents = {name: _read(directory / name) for name in MAX_TOKENIZER_BYTES}
+    if not any(contents.values()):
+        return TokenizerFiles()
+    digest = hashlib.sha256()
+    for name, content in contents.items():
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    config = _object(_CONFIG_FILE, contents)
+    for name, token in _object(_SPECIAL_FILE, contents).items():
+        config.setdefault(name, token)
+    if contents[_TEMPLATE_FILE]:
+        config["chat_template"] = _text(_TEMPLATE_FILE, contents)
+    if contents[TOKENIZER_FILE]:
+        _object(TOKENIZER_FILE, contents)
+    return TokenizerFiles(
+        digest.hexdigest(), contents[TOKENIZER_FILE], json.dumps(config).encode() if config else b""
+    )
+
+
+def _read(path: Path) -> bytes:
+    """The content, empty where there is no such file."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_TOKENIZER_BYTES[path.name] + 1)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise AdapterUnservable(f"{path.name} cannot be read: {error.strerror}.") from None
+    check_size(path.name, len(content))
+    return content
+
+
+def _text(name: str, contents: dict[str, bytes]) -> str:
+    try:
+        return contents[name].decode()
+    except UnicodeDecodeError:
+        raise AdapterUnservable(f"{name} is not UTF-8.") from None
+
+
+def _object(name: str, contents: dict[str, bytes]) -> dict[str, Any]:
+    if not contents[name]:
+        return {}
+    try:
+        found = json.loads(_text(name, contents))
+    except (ValueError, RecursionError):
+        raise AdapterUnservable(f"{name} is not valid JSON.") from None
+    if not isinstance(found, dict):
+        raise AdapterUnservable(f"{name} is not a JSON object.")
+    return found

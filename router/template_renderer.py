@@ -1,0 +1,91 @@
+"""TemplateRenderer: chat templates of adapters, rendered in processes that may be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from asyncio.subprocess import PIPE, Process
+from contextlib import suppress
+from typing import Any
+
+from lorafleet.router.chat import TemplateFailed
+from lorafleet.router.template_process import LENGTH_BYTES
+
+_COMMAND = (sys.executable, "-P", "-m", "lorafleet.router.template_process")
+_SECONDS = 5.0  # for one rendering; templates take milliseconds
+
+
+class TemplateRenderer:
+    """Owns the processes, which are started when they are first needed and used again."""
+
+    def __init__(self, num_processes: int, seconds: float = _SECONDS) -> None:
+        self._seconds = seconds
+        self._places = asyncio.Semaphore(num_processes)
+        self._idle: list[Process] = []
+
+    async def render(self, config: dict[str, Any], messages: list[dict[str, Any]]) -> str:
+        """The prompt by a tokenizer configuration's template. Raises TemplateFailed."""
+        data = json.dumps({"config": config, "messages": messages}).encode()
+        async with self._places:
+            process = self._idle.pop() if self._idle else await _start()
+            try:
+                async with asyncio.timeout(self._seconds):
+                    answer = await _ask(process, data)
+            except TimeoutError:
+                await _kill(process)
+                raise _failed(f"the chat template takes more than {self._seconds:g} s") from None
+            except (asyncio.IncompleteReadError, ConnectionError):
+                await _kill(process)
+                raise _failed("the chat template takes too much memory or time") from None
+            except BaseException:
+                await _kill(process)
+                raise
+            self._idle.append(process)
+        if "error" in answer:
+            raise _failed(answer["error"])
+        return answer["text"]
+
+    async def close(self) -> None:
+        """Ends the processes that rest; the others end with the requests they work for."""
+        while self._idle:
+            await _kill(self._idle.pop())
+
+
+async def _start() -> Process:
+    # Nothing of this process's environment, which may hold secrets, is a template's business.
+    process = await asyncio.create_subprocess_exec(
+        *_COMMAND, stdin=PIPE, stdout=PIPE, env={"PYTHONUTF8": "1"}
+    )
+    try:
+        await _read(process)  # its imports are not the template's time
+    except BaseException:
+        await _kill(process)
+        raise
+    return process
+
+
+async def _ask(process: Process, data: bytes) -> dict[str, str]:
+    assert process.stdin is not None
+    process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
+    await process.stdin.drain()
+    return await _read(process)
+
+
+async def _read(process: Process) -> dict[str, str]:
+    assert process.stdout is not None
+    head = await process.stdout.readexactly(LENGTH_BYTES)
+    answer: dict[str, str] = json.loads(
+        await process.stdout.readexactly(int.from_bytes(head, "little"))
+    )
+    return answer
+
+
+async def _kill(process: Process) -> None:
+    with suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
+
+
+def _failed(reason: str) -> TemplateFailed:
+    return TemplateFailed(reason, "messages")
