@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.patterns import ModulePatterns
+from lorafleet.cache.strict_json import read_object
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -58,7 +58,8 @@ class PeftConfig:
 
 def parse_config(data: bytes) -> PeftConfig:
     """Raises AdapterUnservable, naming the field, for anything but a LoRA served exactly."""
-    config = _json_object(data)
+    check_config_size(len(data))
+    config = read_object(CONFIG_FILE, data)
     _refuse_unserved(config)
     ranks = _object(config, "rank_pattern")
     alphas = _object(config, "alpha_pattern")
@@ -76,16 +77,10 @@ def parse_config(data: bytes) -> PeftConfig:
     )
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
-    if len(data) > MAX_CONFIG_BYTES:
+def check_config_size(nbytes: int) -> None:
+    """Raises AdapterUnservable for a config no adapter needs."""
+    if nbytes > MAX_CONFIG_BYTES:
         raise AdapterUnservable(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes.")
-    try:
-        config = json.loads(data)
-    except (ValueError, RecursionError):
-        raise AdapterUnservable(f"{CONFIG_FILE} is not valid JSON.") from None
-    if not isinstance(config, dict):
-        raise AdapterUnservable(f"{CONFIG_FILE} is not a JSON object.")
-    return config
 
 
 def _refuse_unserved(config: dict[str, Any]) -> None:

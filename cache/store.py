@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -98,14 +97,19 @@ class AdapterStore:
     def list(self) -> list[AdapterInfo]:
         """Adapters that anyone may use without a remote source being asked, sorted by source, id.
 
-        Those not fetched yet are there with an empty digest; those that cannot be served are not.
+        Those not fetched yet are there with an empty digest. What else takes disk (downloads for
+        some callers only, or that cannot be served) is there as not public, so that it is counted.
         """
         infos = []
         for source in self._sources.values():
             for key, directory in source.list():
-                with self._locks.hold(key), suppress(AdapterUnservable):
-                    infos.append(self._info(self._glance(key, directory)))
-        return infos
+                with self._locks.hold(key):
+                    try:
+                        infos.append(self._info(self._glance(key, directory)))
+                    except AdapterUnservable:
+                        infos.append(_hidden(key, source.disk_bytes(key)))
+            infos += [_hidden(key, source.disk_bytes(key)) for key in source.list_restricted()]
+        return [info for info in infos if info.is_public or info.disk_bytes]
 
     def host(self, key: AdapterKey) -> PackedAdapter:
         """The packed adapter, for a move to the device. Raises AdapterNotFound when not at HOST."""
@@ -168,3 +172,8 @@ class AdapterStore:
             target_modules=adapter.spec.target_modules,
             tier=Tier.DISK if self._host.get(key) is None else Tier.HOST,
         )
+
+
+def _hidden(key: AdapterKey, disk_bytes: int) -> AdapterInfo:
+    """Of an adapter nothing is told but what it takes."""
+    return AdapterInfo(key, "", 0, 0, disk_bytes, [], Tier.DISK, is_public=False)

@@ -144,6 +144,7 @@ class AdapterInfo:
     disk_bytes: int
     target_modules: list[str]
     tier: Tier
+    is_public: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,12 +127,12 @@ class Engine:
 
     async def adapters(self) -> list[AdapterInfo]:
         """Adapters the shards can serve without a remote source. Raises ShardLost."""
-        return await self._shards.list_adapters()
+        return [info for info in await self._shards.list_adapters() if info.is_public]
 
     async def all_adapters(self) -> list[AdapterStatus]:
         """Those, and what was loaded with some caller's token; by source and id."""
         known = {adapter.key: self._status(adapter) for adapter in self._directory}
-        for info in await self._shards.list_adapters():
+        for info in await self.adapters():
             pinned = self.control.pinned(info.key)
             known.setdefault(info.key, AdapterStatus(info.key, info, info.tier, pinned=pinned))
         return [known[key] for key in sorted(known, key=lambda key: (key.source, str(key)))]

@@ -135,6 +135,7 @@ def _merged(infos: list[AdapterInfo]) -> AdapterInfo:
         packed_bytes=max(info.packed_bytes for info in infos),
         disk_bytes=max(info.disk_bytes for info in infos),
         tier=max(info.tier for info in infos),
+        is_public=all(info.is_public for info in infos),
     )
 
 

@@ -42,7 +42,7 @@ from lorafleet.cache.errors import (
     SourceUnavailable,
     shown,
 )
-from lorafleet.cache.peft_config import CONFIG_FILE
+from lorafleet.cache.peft_config import CONFIG_FILE, check_config_size
 from lorafleet.cache.sources.checksum import Checksum
 from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import Patience, Progress
@@ -181,6 +181,7 @@ def _files(key: AdapterKey, info: Any) -> list[RemoteFile]:
         size = present[name].size
         if type(size) is not int or size < 0:
             raise SourceUnavailable(f"The hub did not say how large {name} of {shown(key.id)} is.")
+    check_config_size(present[CONFIG_FILE].size)
     names = (CONFIG_FILE, WEIGHTS_FILE)
     return [RemoteFile(name, present[name].size, _checksum(present[name])) for name in names]
 

@@ -25,7 +25,7 @@ from lorafleet.cache.errors import (
     SourceUnavailable,
     shown,
 )
-from lorafleet.cache.peft_config import CONFIG_FILE
+from lorafleet.cache.peft_config import CONFIG_FILE, check_config_size
 from lorafleet.cache.sources.checksum import Checksum
 from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import Patience, Progress
@@ -111,6 +111,7 @@ class _Folder:
             raise AdapterNotFound(f"S3 has no {self.name}.")
         if missing:
             raise AdapterUnservable(f"{self.name} has no {missing[0]}.")
+        check_config_size(heads[CONFIG_FILE]["ContentLength"])
         return [self._file(name, head) for name, head in heads.items() if head is not None]
 
     @contextmanager
