@@ -131,10 +131,14 @@ class Engine:
 
     async def all_adapters(self) -> list[AdapterStatus]:
         """Those, and what was loaded with some caller's token; by source and id."""
+        infos = await self.adapters()
         known = {adapter.key: self._status(adapter) for adapter in self._directory}
-        for info in await self.adapters():
+        host = self._directory.tiers.host
+        for info in infos:
+            # What a shard said of its host memory is over if the ledger does not know of it.
+            tier = info.tier if info.key in host else Tier.DISK
             pinned = self.control.pinned(info.key)
-            known.setdefault(info.key, AdapterStatus(info.key, info, info.tier, pinned=pinned))
+            known.setdefault(info.key, AdapterStatus(info.key, info, tier, pinned=pinned))
         return [known[key] for key in sorted(known, key=lambda key: (key.source, str(key)))]
 
     def adapter(self, key: AdapterKey) -> AdapterStatus | None:

@@ -186,9 +186,7 @@ def test_downloads_that_are_not_for_everyone_are_counted_and_not_shown(
         fetch(open_store(config, hub), bad, Tier.DISK)  # and its process is killed
     found = {info.key: info for info in open_store(config).list() if not info.is_public}
     assert found.keys() == {HUB, bad}
-    assert found[HUB] == AdapterInfo(
-        HUB, "", 0, 0, held.disk_bytes, [], Tier.DISK, is_public=False
-    )
+    assert found[HUB] == AdapterInfo(HUB, "", 0, 0, held.disk_bytes, [], Tier.DISK, is_public=False)
     assert found[bad].disk_bytes > 0
 
 
