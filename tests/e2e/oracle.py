@@ -18,6 +18,15 @@ class Oracle:
         for name in adapters[1:]:
             self._model.load_adapter(adapter_root / name, name)
 
+    def load_only(self, adapter_root: Path, name: str) -> None:
+        """Takes the place of the adapters there are, so that a thousand need no room."""
+        held = list(self._model.peft_config)
+        if name not in held:
+            self._model.load_adapter(adapter_root / name, name)
+            self._model.set_adapter(name)
+            for other in held:
+                self._model.delete_adapter(other)
+
     @torch.no_grad()
     def answer(self, prompt_ids: list[int], adapter: str | None, max_new_tokens: int) -> list[int]:
         """Token ids after the prompt, the EOS token included when it ends the answer."""
