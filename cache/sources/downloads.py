@@ -34,4 +34,4 @@ class Downloads:
         return [download.key for download in self._mine() if download.is_restricted]
 
     def _mine(self) -> Iterator[Download]:
-        return (download for download in self._disk.list() if download.key.source == self._source)
+        return iter(self._disk.list(self._source))
