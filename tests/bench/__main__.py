@@ -1,7 +1,8 @@
-"""The benchmarks of docs/benchmarks.md: `python -m tests.bench peft|demo|router|profile`.
+"""The benchmarks of docs/benchmarks.md: `python -m tests.bench NAME ...`.
 
 peft: a random 34 M Llama, 8 adapters, one shard, against transformers + peft. demo: the same with
-the demo model and two shards. router: the router over a fake shard. profile: where its time goes.
+the demo model and two shards. router: the router over a fake shard. stall: streams while adapters
+arrive. tiers: first tokens by where the adapter is. profile: where the router's time goes.
 Each prints one JSON line.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -17,21 +19,20 @@ from rich.console import Console
 from lorafleet.deploy.bench.report import commit
 from lorafleet.deploy.demo.build import DEFAULT_DIR, build
 from lorafleet.deploy.demo.recipe import ADAPTERS
-from tests.bench import random_llama, router_alone
+from tests.bench import first_token, no_stall, random_llama, router_alone
 from tests.bench.versus_peft import Case, compare
 
 
 def main() -> None:
     """Runs the benchmarks that are named, all but the profile without names."""
     parser = ArgumentParser("python -m tests.bench", description=__doc__)
-    known = ("peft", "demo", "router", "profile")
-    parser.add_argument("names", nargs="*", choices=[*known, []], default=list(known[:3]))
+    known = ("peft", "demo", "router", "stall", "tiers", "profile")
+    parser.add_argument("names", nargs="*", choices=[*known, []], default=list(known[:5]))
     for name in parser.parse_args().names:
         if name == "profile":
             print(router_alone.profile())
         else:
-            numbers = {"peft": _peft, "demo": _demo, "router": router_alone.measure}[name]()
-            print(json.dumps(numbers | {"commit": commit()}))
+            print(json.dumps(_BENCHES[name]() | {"commit": commit()}))
 
 
 def _peft() -> dict[str, object]:
@@ -46,6 +47,14 @@ def _demo() -> dict[str, object]:
     names = tuple(recipe.names[0] for recipe in ADAPTERS)
     return compare(Case("demo model", DEFAULT_DIR, names, num_shard=2))
 
+
+_BENCHES: dict[str, Callable[[], dict[str, object]]] = {
+    "peft": _peft,
+    "demo": _demo,
+    "router": router_alone.measure,
+    "stall": no_stall.measure,
+    "tiers": first_token.measure,
+}
 
 if __name__ == "__main__":
     main()
