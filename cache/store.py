@@ -109,7 +109,12 @@ class AdapterStore:
                     except AdapterUnservable:
                         infos.append(_hidden(key, source.disk_bytes(key)))
             infos += [_hidden(key, source.disk_bytes(key)) for key in source.list_restricted()]
-        return [info for info in infos if info.is_public or info.disk_bytes]
+        held = self._host.keys()  # of one moment, so that together they fit the budget
+        return [
+            replace(info, tier=Tier.HOST if info.key in held else Tier.DISK)
+            for info in infos
+            if info.is_public or info.disk_bytes
+        ]
 
     def host(self, key: AdapterKey) -> PackedAdapter:
         """The packed adapter, for a move to the device. Raises AdapterNotFound when not at HOST."""
