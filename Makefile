@@ -3,7 +3,7 @@ PYTHON ?= python3
 # Where Linux machines get torch without CUDA. An index that does not answer is passed over.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PORT ?= 8080
-BENCH ?= peft demo router
+BENCH ?= peft demo router stall tiers
 GPU_OUT ?= build/gpu/out
 GPU_PARTS ?= tests linears lora decode prefill transfers capacity http e6 popularity tiers peers
 GPU_SHAPES ?= llama-8b mistral-7b
@@ -55,7 +55,7 @@ imports: setup ## import-linter: packages stand on each other one way only
 
 check: lint types imports test ## what CI runs
 
-bench: setup ## the numbers of docs/benchmarks.md (BENCH="peft demo router profile starvation arena")
+bench: setup ## the numbers of docs/benchmarks.md (BENCH="peft demo router stall tiers starvation arena profile")
 	@$(BIN)/python -m tests.bench $(BENCH)
 
 gpu: ## tests and benchmarks of this machine's CUDA device, into GPU_OUT; needs no network

@@ -63,9 +63,9 @@ class DiskTier:
         record = _read_record(self.path(key) / _RECORD_FILE)
         return record if record is not None and record.key == key else None
 
-    def list(self) -> list[Download]:
+    def list(self, source: str = "[!.]*") -> list[Download]:
         """Every complete download, whichever process made it, sorted by source and name."""
-        sources = sorted(path for path in self._directory.glob("[!.]*") if path.is_dir())
+        sources = sorted(path for path in self._directory.glob(source) if path.is_dir())
         paths = (path for source in sources for path in sorted(source.iterdir()))
         records = (_read_record(path / _RECORD_FILE) for path in paths)
         return [record for record in records if record is not None]

@@ -53,6 +53,11 @@ class HostTier:
         """The packed adapter, or None."""
         return self._adapters.get(key)
 
+    def keys(self) -> frozenset[AdapterKey]:
+        """Every adapter held, at one moment."""
+        with self._lock:
+            return frozenset(self._adapters)
+
     def drop(self, key: AdapterKey) -> None:
         """Forgets an adapter; copies under way hold on to its memory until they are done."""
         with self._lock:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.patterns import ModulePatterns
+from lorafleet.cache.strict_json import read_object
 from lorafleet.cache.target_rule import TargetRule
 from lorafleet.cache.vocabulary_config import VocabularyConfig, parse_vocabulary
 from lorafleet.cache.weight_files import CONFIG_FILE
@@ -89,7 +89,8 @@ def ends_of(name: str) -> Iterator[str]:
 
 def parse_config(data: bytes) -> PeftConfig:
     """Raises AdapterUnservable, naming the field, for anything but a LoRA served exactly."""
-    config = _json_object(data)
+    check_config_size(len(data))
+    config = read_object(CONFIG_FILE, data)
     _refuse_unserved(config)
     ranks = _object(config, "rank_pattern")
     alphas = _object(config, "alpha_pattern")
@@ -112,16 +113,10 @@ def parse_config(data: bytes) -> PeftConfig:
     )
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
-    if len(data) > MAX_CONFIG_BYTES:
+def check_config_size(nbytes: int) -> None:
+    """Raises AdapterUnservable for a config no adapter needs."""
+    if nbytes > MAX_CONFIG_BYTES:
         raise AdapterUnservable(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes.")
-    try:
-        config = json.loads(data)
-    except (ValueError, RecursionError):
-        raise AdapterUnservable(f"{CONFIG_FILE} is not valid JSON.") from None
-    if not isinstance(config, dict):
-        raise AdapterUnservable(f"{CONFIG_FILE} is not a JSON object.")
-    return config
 
 
 def _refuse_unserved(config: dict[str, Any]) -> None:

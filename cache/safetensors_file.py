@@ -6,7 +6,6 @@ process, a file that shrinks under a read is an error.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.cache.errors import AdapterUnservable, shown
+from lorafleet.cache.strict_json import read_object
 
 MAX_HEADER_BYTES = 16 << 20
 _MAX_DIMENSIONS = 8
@@ -62,22 +62,12 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise AdapterUnservable(f"{path.name} is corrupt: its header is cut short or too long.")
-        header = _parse(path.name, file.read(length))
+        header = read_object(f"{path.name} is corrupt: its header", file.read(length))
+    header.pop("__metadata__", None)
     start = 8 + length
     tensors = {name: _tensor(path.name, name, entry, start) for name, entry in header.items()}
     _check_cover(path.name, tensors, start, size)
     return tensors
-
-
-def _parse(file: str, data: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(data)
-    except (ValueError, RecursionError):
-        raise AdapterUnservable(f"{file} is corrupt: its header is not valid JSON.") from None
-    if not isinstance(header, dict):
-        raise AdapterUnservable(f"{file} is corrupt: its header is not a JSON object.")
-    header.pop("__metadata__", None)
-    return header
 
 
 def _tensor(file: str, name: str, entry: Any, start: int) -> TensorRef:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -110,14 +109,24 @@ class AdapterStore:
     def list(self) -> list[AdapterInfo]:
         """Adapters that anyone may use without a remote source being asked, sorted by source, id.
 
-        Those not fetched yet are there with an empty digest; those that cannot be served are not.
+        Those not fetched yet are there with an empty digest. What else takes disk (downloads for
+        some callers only, or that cannot be served) is there as not public, so that it is counted.
         """
         infos = []
         for source in self._sources.values():
             for key, directory in source.list():
-                with self._locks.hold(key), suppress(AdapterUnservable):
-                    infos.append(self._info(self._glance(key, directory)))
-        return infos
+                with self._locks.hold(key):
+                    try:
+                        infos.append(self._info(self._glance(key, directory)))
+                    except AdapterUnservable:
+                        infos.append(_hidden(key, source.disk_bytes(key)))
+            infos += [_hidden(key, source.disk_bytes(key)) for key in source.list_restricted()]
+        held = self._host.keys()  # of one moment, so that together they fit the budget
+        return [
+            replace(info, tier=Tier.HOST if info.key in held else Tier.DISK)
+            for info in infos
+            if info.is_public or info.disk_bytes
+        ]
 
     def tokenizer(self, key: AdapterKey) -> AdapterTokenizer:
         """What the adapter's files say now of its tokenizer. Raises AdapterFault."""
@@ -212,3 +221,8 @@ class AdapterStore:
             vocab_size=adapter.spec.num_tokens,
             tokenizer_digest=adapter.tokenizer_digest,
         )
+
+
+def _hidden(key: AdapterKey, disk_bytes: int) -> AdapterInfo:
+    """Of an adapter nothing is told but what it takes."""
+    return AdapterInfo(key, "", 0, 0, disk_bytes, [], Tier.DISK, is_public=False)

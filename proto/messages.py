@@ -148,6 +148,7 @@ class AdapterInfo:
     piece_bytes: int = 0
     vocab_size: int = 0
     tokenizer_digest: str = ""
+    is_public: bool = True
 
 
 @dataclass(frozen=True, slots=True)

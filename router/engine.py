@@ -177,14 +177,18 @@ class Engine:
 
     async def adapters(self) -> list[AdapterInfo]:
         """Adapters the shards can serve without a remote source. Raises ShardLost."""
-        return await self._shards.list_adapters()
+        return [info for info in await self._shards.list_adapters() if info.is_public]
 
     async def all_adapters(self) -> list[AdapterStatus]:
         """Those, and what was loaded with some caller's token; by source and id."""
+        infos = await self.adapters()
         known = {adapter.key: self._status(adapter) for adapter in self._directory}
-        for info in await self._shards.list_adapters():
+        host = self._directory.tiers.host
+        for info in infos:
+            # What a shard said of its host memory is over if the ledger does not know of it.
+            tier = info.tier if info.key in host else Tier.DISK
             pinned = self.control.pinned(info.key)
-            known.setdefault(info.key, AdapterStatus(info.key, info, info.tier, pinned=pinned))
+            known.setdefault(info.key, AdapterStatus(info.key, info, tier, pinned=pinned))
         return [known[key] for key in sorted(known, key=lambda key: (key.source, str(key)))]
 
     def adapter(self, key: AdapterKey) -> AdapterStatus | None:

@@ -141,6 +141,7 @@ def _merged(infos: list[AdapterInfo]) -> AdapterInfo:
         disk_bytes=max(info.disk_bytes for info in infos),
         tier=max(info.tier for info in infos),
         piece_bytes=max(info.piece_bytes for info in infos),
+        is_public=all(info.is_public for info in infos),
     )
 
 

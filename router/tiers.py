@@ -55,7 +55,11 @@ class HostAndDisk:
     async def fetch_to_disk(self, key: AdapterKey, api_token: str) -> AdapterInfo:
         """Validates and sizes an adapter on every rank, downloading it if it is remote."""
         started_at = time.monotonic()
-        info = await self._fetch_to_disk(key, api_token)
+        try:
+            info = await self._fetch_to_disk(key, api_token)
+        except AdapterUnservable:
+            await self._drop_refused(key)
+            raise
         if info.tier < Tier.HOST:  # it was not only asked whether this caller may have it
             self._activity.loaded(key, Tier.DISK, time.monotonic() - started_at)
         if info.disk_bytes > self.disk.budget:
@@ -84,6 +88,9 @@ class HostAndDisk:
             info = await self._shards.fetch(key, Tier.HOST, api_token)
             self._activity.loaded(key, Tier.HOST, time.monotonic() - started_at)
             return info
+        except AdapterUnservable:
+            await self.drop(key, Tier.DISK)
+            raise
         except BaseException:
             await self.drop(key, Tier.HOST)  # some ranks may have it
             raise
@@ -153,6 +160,11 @@ class HostAndDisk:
                     if victim is None:
                         raise
                     await self._evict_from_disk(victim)
+
+    async def _drop_refused(self, key: AdapterKey) -> None:
+        """What was downloaded and cannot be served takes no room: no ledger knows of it."""
+        if key not in self.host:  # else a shard holds what it once could serve
+            await self.drop(key, Tier.DISK)
 
     async def _make_host_room(self, nbytes: int) -> None:
         ledger = self.host

@@ -18,6 +18,7 @@ from lorafleet.cache.store import AdapterStore
 from lorafleet.proto import shard_pb2, shard_pb2_grpc
 from lorafleet.proto.codec import decode, encode
 from lorafleet.proto.messages import FetchAdapterRequest, FetchProgress, ShardInfo, StepPlan
+from lorafleet.shard.background import enter_background
 from lorafleet.shard.streams import StepStream
 
 log = logging.getLogger(__name__)
@@ -159,6 +160,7 @@ def _fetch(
     request: FetchAdapterRequest,
     updates: SimpleQueue[FetchProgress | Exception],
 ) -> None:
+    enter_background()
     try:
         info = store.fetch(request, updates.put)
         updates.put(FetchProgress("ready", info.packed_bytes, info.packed_bytes, info))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lorafleet.cache.disk_tier import DiskTier
+from lorafleet.cache.disk_tier import DiskTier, Download
 from lorafleet.proto.messages import AdapterKey
 
 
@@ -26,7 +27,11 @@ class Downloads:
 
     def list(self) -> list[tuple[AdapterKey, Path]]:
         """Downloads that are public; the others need their source's word for each caller."""
-        found = [
-            d for d in self._disk.list() if d.key.source == self._source and not d.is_restricted
-        ]
-        return [(download.key, self._disk.path(download.key)) for download in found]
+        return [(d.key, self._disk.path(d.key)) for d in self._mine() if not d.is_restricted]
+
+    def list_restricted(self) -> Sequence[AdapterKey]:
+        """The others."""
+        return [download.key for download in self._mine() if download.is_restricted]
+
+    def _mine(self) -> Iterator[Download]:
+        return iter(self._disk.list(self._source))

@@ -40,6 +40,7 @@ from lorafleet.cache.errors import (
     SourceUnavailable,
     shown,
 )
+from lorafleet.cache.peft_config import check_config_size
 from lorafleet.cache.sources.checksum import Checksum
 from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import Patience, Progress
@@ -185,6 +186,7 @@ def _files(key: AdapterKey, info: Any, allow_pickles: bool) -> list[RemoteFile]:
         if type(size) is not int or size < 0:
             raise SourceUnavailable(f"The hub did not say how large {name} of {shown(key.id)} is.")
         check_size(name, size)
+    check_config_size(present[CONFIG_FILE].size)
     return [RemoteFile(name, present[name].size, _checksum(present[name])) for name in names]
 
 

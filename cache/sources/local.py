@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lorafleet.cache.errors import AdapterNotFound, shown
@@ -57,12 +58,16 @@ class LocalSource:
         for path, directories, files in os.walk(self._root):
             name = Path(path).relative_to(self._root)
             is_adapter = CONFIG_FILE in files and bool(name.parts)
-            if is_adapter:
+            if is_adapter and name.as_posix().isprintable():  # no request can name the others
                 found.append((AdapterKey(SOURCE, name.as_posix()), Path(path)))
             if is_adapter or len(name.parts) >= _LIST_DEPTH:
                 directories.clear()  # checkpoints inside an adapter are not listed
             directories.sort()
         return found
+
+    def list_restricted(self) -> Sequence[AdapterKey]:
+        """None: everyone may use what the operator put here."""
+        return []
 
     def _inside(self, path: str) -> Path | None:
         """The real path, every link followed, or None when it is not under the root."""

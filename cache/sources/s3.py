@@ -23,6 +23,7 @@ from lorafleet.cache.errors import (
     SourceUnavailable,
     shown,
 )
+from lorafleet.cache.peft_config import check_config_size
 from lorafleet.cache.sources.checksum import Checksum
 from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import Patience, Progress
@@ -125,6 +126,7 @@ class _Folder:
         optional = ((name, self._optional_head(name)) for name in MAX_TOKENIZER_BYTES)
         heads |= {name: head for name, head in optional if head is not None}
         names = adapter_files(heads, allow_pickles, self.name)
+        check_config_size(heads[CONFIG_FILE]["ContentLength"])
         return [self._file(name, heads[name]) for name in names]
 
     def _heads(self, *names: str) -> dict[str, Any]:

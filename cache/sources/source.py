@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -37,3 +37,6 @@ class AdapterSource(Protocol):
 
     def list(self) -> list[tuple[AdapterKey, Path]]:
         """Adapters anyone may use without a remote source being asked."""
+
+    def list_restricted(self) -> Sequence[AdapterKey]:
+        """Adapters on this machine that their source gives to some callers only."""

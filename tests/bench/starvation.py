@@ -31,7 +31,7 @@ class _Times:
 
 def measure(folder: Path) -> dict[str, Any]:
     """How much longer a lone request takes beside the flood, on a random Llama in `folder`."""
-    random_llama.write(folder, hidden_size=HIDDEN_SIZE, num_layers=NUM_LAYERS)
+    random_llama.write(folder, hidden_size=HIDDEN_SIZE, layers=NUM_LAYERS)
     flags = ["--model-id", str(folder / "model"), "--adapter-root", str(folder / "adapters")]
     flags += ["--device", "cpu", "--dtype", "float32", "--max-batch-size", str(MAX_ROWS)]
     with running_service(flags) as url:

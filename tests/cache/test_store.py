@@ -226,6 +226,21 @@ def test_lists_what_anyone_may_use(config: Settings, hub: Hub, tmp_path: Path) -
     assert HUB in [info.key for info in open_store(config).list()]  # another process finds it
 
 
+def test_downloads_that_are_not_for_everyone_are_counted_and_not_shown(
+    config: Settings, hub: Hub, tmp_path: Path
+) -> None:
+    hub.repos["owner/adapter"].token = "hf_right"
+    held = fetch(open_store(config, hub), HUB, Tier.DISK, "hf_right")
+    hub.repos["owner/bad"] = Repo(write_adapter(tmp_path / "bad", config_of(r=3)))
+    bad = AdapterKey("hub", "owner/bad")
+    with pytest.raises(AdapterUnservable):
+        fetch(open_store(config, hub), bad, Tier.DISK)  # and its process is killed
+    found = {info.key: info for info in open_store(config).list() if not info.is_public}
+    assert found.keys() == {HUB, bad}
+    assert found[HUB] == AdapterInfo(HUB, "", 0, 0, held.disk_bytes, [], Tier.DISK, is_public=False)
+    assert found[bad].disk_bytes > 0
+
+
 def test_an_unknown_source_is_named(store: AdapterStore) -> None:
     with pytest.raises(AdapterNotFound, match="'pigeon'"):
         fetch(store, AdapterKey("pigeon", "bucket/adapter"))

@@ -43,6 +43,12 @@ class Oracle:
         model.set_adapter(name)
         self._models[name] = model
 
+    def load_only(self, adapter_root: Path, name: str) -> None:
+        """Takes the place of the adapters there are, so that a thousand need no room."""
+        base = self._models[None]
+        adapted = PeftModel.from_pretrained(deepcopy(base), adapter_root / name)
+        self._models = {None: base, name: adapted}
+
     @torch.no_grad()
     def answer(self, prompt_ids: list[int], adapter: str | None, max_new_tokens: int) -> list[int]:
         """Token ids after the prompt, the EOS token included when it ends the answer."""

@@ -50,11 +50,11 @@ def make_family(name: str, directory: Path) -> Family:
         names.append(EACH)
     oracle = Oracle(model, directory / "adapters", names)
     rng = random.Random(7)
-    shared = _text(rng, _SHARED_PREFIX)
+    shared = text(rng, _SHARED_PREFIX)
     questions = []
     for index in range(_NUM_QUESTIONS):
         adapter = [*names, None][index % (len(names) + 1)]
-        prompt = shared + _text(rng, rng.randint(1, 60))
+        prompt = shared + text(rng, rng.randint(1, 60))
         new = rng.randint(8, 24)
         answer = oracle.answer(ids_of(prompt), adapter, new)
         questions.append(Question(prompt, adapter, new, answer))
@@ -69,9 +69,21 @@ async def ask_all(service: Service, questions: list[Question]) -> list[list[int]
 
 async def ask(session: aiohttp.ClientSession, question: Question) -> list[int]:
     """The token ids the service answers greedily."""
+    chosen = {"adapter_id": question.adapter, "adapter_source": "local"}
+    return await _tokens(session, question, chosen if question.adapter is not None else {})
+
+
+async def ask_hub(session: aiohttp.ClientSession, question: Question, owner: str) -> list[int]:
+    """The same of the hub's OWNER/ADAPTER."""
+    chosen = {"adapter_id": f"{owner}/{question.adapter}", "adapter_source": "hub"}
+    return await _tokens(session, question, chosen)
+
+
+async def _tokens(
+    session: aiohttp.ClientSession, question: Question, chosen: dict[str, Any]
+) -> list[int]:
     parameters: dict[str, Any] = {"max_new_tokens": question.max_new_tokens, "details": True}
-    if question.adapter is not None:
-        parameters |= {"adapter_id": question.adapter, "adapter_source": "local"}
+    parameters |= chosen
     body = {"inputs": question.prompt, "parameters": parameters}
     async with session.post("/generate", json=body) as response:
         answer = await response.json()
@@ -79,7 +91,8 @@ async def ask(session: aiohttp.ClientSession, question: Question) -> list[int]:
         return [token["id"] for token in answer["details"]["tokens"]]
 
 
-def _text(rng: random.Random, length: int) -> str:
+def text(rng: random.Random, length: int) -> str:
+    """Letters and blanks."""
     return "".join(rng.choice(_LETTERS) for _ in range(length))
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from lorafleet.proto.messages import AdapterKey, Tier
+from lorafleet.proto.messages import AdapterInfo, AdapterKey, DropAdapterRequest, Tier
 from lorafleet.router.adapter import Adapter
 from lorafleet.router.adapters import AdapterDirectory
 from lorafleet.router.errors import (
@@ -94,6 +94,29 @@ async def test_a_failed_fetch_is_the_requests_error_and_changes_nothing(
             assert len(shard.fetches) == 2  # a local failure is not remembered
             assert list(directory) == []
             directory.check(is_idle=True)
+
+
+async def test_what_is_refused_is_dropped_from_every_disk() -> None:
+    config = FakeConfig(num_shard=2)
+    with FakeShard(config) as first, FakeShard(replace(config, rank=1)) as second:
+        async with directory_of(first, second) as (directory, _):
+            with pytest.raises(AdapterUnservable):
+                await directory.acquire(hub("broken"), "")
+            for shard in (first, second):
+                assert shard.drops == [DropAdapterRequest(hub("broken"), Tier.DISK)]
+            with pytest.raises(SourceUnavailable):
+                await directory.acquire(hub("down"), "")
+            assert len(first.drops) == 1  # what came of it is gone on with
+
+
+async def test_what_only_takes_disk_is_evicted_for_others() -> None:
+    with FakeShard(FakeConfig(disk_bytes=2 * BYTES)) as shard:
+        info = AdapterInfo(hub("secret"), "", 0, 0, 2 * BYTES, [], Tier.DISK, is_public=False)
+        shard.adapters[info.key] = info
+        async with directory_of(shard) as (directory, _):
+            assert directory.tiers.disk.used == 2 * BYTES
+            (await directory.acquire(hub("adapter-0"), "")).close()
+            assert shard.drops == [DropAdapterRequest(info.key, Tier.DISK)]
 
 
 @pytest.mark.parametrize(
