@@ -1,0 +1,36 @@
+"""Token for token, with one limit of the service made tight at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.questions import Family, ask_all
+from tests.e2e.service import serve
+
+Families = Callable[[str], Family]
+
+
+@pytest.mark.parametrize(
+    ("flag", "happened"),
+    [
+        ("--prefill-chunk-tokens=7", None),
+        ("--max-batch-prefill-tokens=7", None),
+        ("--kv-pages=12", "lorafleet_preemptions_total"),
+        ("--max-active-adapters=2", "lorafleet_adapter_evictions_total"),
+        ("--no-prefix-caching", None),
+        ("--max-batch-size=3", None),
+    ],
+)
+async def test_one_limit_at_a_time(
+    family: Families, flag: str, happened: str | None, tmp_path: Path
+) -> None:
+    made = family("llama")
+    flags = ("--num-shard=1", f"--adapter-root={made.adapter_root}", flag)
+    with serve(made.model, tmp_path, *flags) as service:
+        answers = await ask_all(service, made.questions)
+        assert answers == [question.answer for question in made.questions]
+        if happened is not None:
+            assert service.metric(happened) > 0
