@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from lorafleet.cache.errors import AdapterUnservable, shown
@@ -17,6 +19,10 @@ from lorafleet.cache.strict_json import read_object
 
 MAX_HEADER_BYTES = 16 << 20
 _MAX_DIMENSIONS = 8
+_LARGE_HEADER_BYTES = 1 << 20  # far more than any honest adapter's
+# Parsed, a header takes twenty times its bytes: large ones are read one at a time, so that many at
+# once take, and leave in pieces, no more memory than one.
+_LARGE_HEADER = Lock()
 
 _DTYPES_BY_BYTES = {
     1: ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"),
@@ -62,11 +68,21 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise AdapterUnservable(f"{path.name} is corrupt: its header is cut short or too long.")
-        header = read_object(f"{path.name} is corrupt: its header", file.read(length))
+        with _turn(length):
+            return _parse(path.name, file.read(length), size)
+
+
+def _turn(length: int) -> AbstractContextManager[Any]:
+    return _LARGE_HEADER if length > _LARGE_HEADER_BYTES else nullcontext()
+
+
+def _parse(file: str, data: bytes, size: int) -> dict[str, TensorRef]:
+    """The tensors of a file of `size` bytes whose header is `data`."""
+    header = read_object(f"{file} is corrupt: its header", data)
     header.pop("__metadata__", None)
-    start = 8 + length
-    tensors = {name: _tensor(path.name, name, entry, start) for name, entry in header.items()}
-    _check_cover(path.name, tensors, start, size)
+    start = 8 + len(data)
+    tensors = {name: _tensor(file, name, entry, start) for name, entry in header.items()}
+    _check_cover(file, tensors, start, size)
     return tensors
 
 

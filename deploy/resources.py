@@ -1,9 +1,14 @@
-"""What each rank may use of this machine: CPU cores and CUDA devices, as environment variables."""
+"""What each rank may use of this machine: cores, CUDA devices and malloc arenas, as environment."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+
+_DEFAULTS = {
+    # glibc's malloc: threads that come and go would spread what they free over 8 arenas a core.
+    "MALLOC_ARENA_MAX": "2",
+}
 
 
 def rank_environments(num_shard: int, device: str) -> list[dict[str, str]]:
@@ -12,9 +17,8 @@ def rank_environments(num_shard: int, device: str) -> list[dict[str, str]]:
     Raises ValueError when there are CUDA devices but fewer than ranks, or none where cuda is asked.
     """
     threads = str(max(1, len(usable_cores()) // num_shard))
-    environment = {
-        name: os.environ.get(name, threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    }
+    defaults = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **_DEFAULTS}
+    environment = {name: os.environ.get(name, value) for name, value in defaults.items()}
     devices = [] if device == "cpu" else cuda_devices()
     if not devices and device != "cuda":
         return [dict(environment) for _ in range(num_shard)]

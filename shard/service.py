@@ -164,9 +164,10 @@ def _fetch(
     try:
         info = store.fetch(request, updates.put)
         updates.put(FetchProgress("ready", info.packed_bytes, info.packed_bytes, info))
+    except errors.AdapterFault as fault:
+        updates.put(type(fault)(str(fault)))  # without the frames, which hold what was read
     except Exception as error:  # whatever it is, it is this fetch's answer
-        if not isinstance(error, errors.AdapterFault):
-            log.exception("fetching adapter %s failed", request.key)
+        log.exception("fetching adapter %s failed", request.key)
         updates.put(error)
 
 

@@ -33,3 +33,10 @@ def test_a_header_of_many_tensors_is_read() -> None:
     entry = {"dtype": "F32", "shape": [8, 64], "data_offsets": [0, 2048]}
     header = {f"base_model.model.layers.{i}.lora_A.weight": entry for i in range(60_000)}
     assert read_object("x.json", json.dumps(header).encode()) == header
+
+
+def test_the_last_of_many_keys_twice_is_found_in_passing() -> None:
+    """At one look for each key. With a look at all before it this takes minutes, not a moment."""
+    keys = [f'"{number}":1' for number in [*range(300_000), 299_999]]
+    with pytest.raises(AdapterUnservable, match="'299999' twice"):
+        read_object("x.json", f"{{{','.join(keys)}}}".encode())

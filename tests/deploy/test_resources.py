@@ -11,8 +11,8 @@ from lorafleet.deploy.resources import rank_environments
 @pytest.fixture
 def cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "usable_cores", lambda: list(range(8)))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MALLOC_ARENA_MAX"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def devices(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -22,12 +22,16 @@ def devices(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 @pytest.mark.parametrize(("num_shard", "share"), [(1, "8"), (2, "4"), (3, "2"), (16, "1")])
 def test_cores_are_shared_out(cores: None, num_shard: int, share: str) -> None:
     environments = rank_environments(num_shard, "cpu")
-    assert environments == [{"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share}] * num_shard
+    threads = {"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share}
+    assert environments == [threads | {"MALLOC_ARENA_MAX": "2"}] * num_shard
 
 
-def test_the_operators_own_thread_count_wins(cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert rank_environments(2, "cpu")[1]["OMP_NUM_THREADS"] == "5"
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MALLOC_ARENA_MAX"])
+def test_what_the_operator_set_wins(
+    cores: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "5")
+    assert rank_environments(2, "cpu")[1][name] == "5"
 
 
 def test_each_rank_sees_one_cuda_device(cores: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,10 @@ SEED = int(os.environ.get("LORAFLEET_SEED", "4"))
 GOOD, PROMPT, NEW_TOKENS = ("r8-attention", "r16-all"), "the quick brown fox", 12
 NUM_ASKED_AT_ONCE = 8
 MAX_SECONDS = 60  # for one refusal, on a machine that does other things as well
-MAX_PEAK_BYTES = 200 << 20  # above what a process has at rest, while many are refused at once
-MAX_KEPT_BYTES = 48 << 20
+# Above what a process has after a first round. All local ones come a second time, so that what is
+# kept for each grows again, while what the allocator keeps for the next does not.
+MAX_PEAK_BYTES = 160 << 20
+MAX_KEPT_BYTES = 40 << 20
 REFUSALS = (403, 404, 422)
 
 
@@ -190,6 +192,7 @@ async def test_each_is_refused_and_nothing_stays_of_it(world: World) -> None:
     assert not (world.root / "exploded").exists()
     assert set(world.root.parent.rglob("*slipped*")) == elsewhere
     report = [(p.name, (p.peak - p.at_rest) >> 20, (p.look() - p.at_rest) >> 20) for p in processes]
+    print(report)
     for process in processes:
         assert process.peak - process.at_rest < MAX_PEAK_BYTES, report
         assert process.look() - process.at_rest < MAX_KEPT_BYTES, report
