@@ -115,7 +115,7 @@ def _names_that_are_no_text(random: Random, good: Good, folder: Path) -> str:
         [b"\xff\xfe", b"\xc3", b"\\ud800", b"\\u0000", b"\xed\xa0\x80", b"A" * 999]
     )
     (folder / WEIGHTS).write_bytes(weights(text.replace(name, name[:9] + worse), data))
-    return "is corrupt|is not a LoRA weight"
+    return "is corrupt|is not one that is served"
 
 
 def _doubled_names(random: Random, good: Good, folder: Path) -> str:
@@ -276,7 +276,7 @@ def _many_tensors(random: Random, good: Good, folder: Path) -> str:
     count = random.choice([10_000, 150_000])
     header = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(count)}
     (folder / WEIGHTS).write_bytes(weights(header, b""))
-    return "is not a LoRA weight|is corrupt"
+    return "is not one that is served|is corrupt"
 
 
 def _unknown_modules(random: Random, good: Good, folder: Path) -> str:
@@ -288,7 +288,7 @@ def _unknown_modules(random: Random, good: Good, folder: Path) -> str:
     )  # fmt: skip
     header[other] = header.pop(name)  # some of them replace another
     (folder / WEIGHTS).write_bytes(weights(header, data))
-    return "is not a LoRA weight|not among the adaptable|and no lora_|leave gaps"
+    return "is not one that is served|not among the adaptable|and no lora_|leave gaps"
 
 
 def _half_a_pair(random: Random, good: Good, folder: Path) -> str:

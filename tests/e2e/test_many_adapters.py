@@ -24,7 +24,7 @@ from tests.e2e.service import serve
 
 NUM_ADAPTERS = int(os.environ.get("LORAFLEET_ADAPTERS", "1000"))
 NUM_REQUESTS = int(os.environ.get("LORAFLEET_REQUESTS", "400"))
-NUM_CONCURRENT, NUM_SAMPLED, NEW_TOKENS = 64, 120, 6
+NUM_CONCURRENT, NUM_SAMPLED, NEW_TOKENS = 64, 200, 6
 SLOTS = 16
 DEVICE, HOST, DISK = Bytes("512KiB"), Bytes("1536KiB"), Bytes("3MiB")
 
