@@ -1,4 +1,4 @@
-"""Token for token, with one limit of the service made tight at a time."""
+"""Token for token, with the limits of the service made tight, together and one at a time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,24 @@ from tests.e2e.questions import Family, ask_all
 from tests.e2e.service import serve
 
 Families = Callable[[str], Family]
+
+
+# Those whose attention or layers go their own ways; the others differ from them in their sizes.
+_TIGHT = ("llama", "mistral", "gemma2", "mixtral", "qwen3_moe")
+
+
+@pytest.mark.parametrize("name", _TIGHT)
+async def test_small_chunks_few_pages_and_two_slots_change_nothing(
+    family: Families, name: str, tmp_path: Path
+) -> None:
+    made = family(name)
+    flags = ("--num-shard=2", f"--adapter-root={made.adapter_root}", "--prefill-chunk-tokens=7")
+    tight = ("--kv-pages=18", "--max-active-adapters=2")
+    with serve(made.model, tmp_path, *flags, *tight) as service:
+        answers = await ask_all(service, made.questions)
+        assert answers == [question.answer for question in made.questions]
+        assert service.metric("lorafleet_preemptions_total") > 0
+        assert service.metric("lorafleet_adapter_evictions_total", tier="device") > 0
 
 
 @pytest.mark.parametrize(

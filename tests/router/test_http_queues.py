@@ -106,7 +106,7 @@ async def test_an_adapter_runs_no_more_than_its_limit() -> None:
     async with serving(FakeConfig(echo=True), max_running_per_adapter=2) as service:
         service.shard.steps.close()
         tasks = [asyncio.create_task(service.generate("a", max_new_tokens=2)) for _ in range(3)]
-        await until(lambda: service.engine.stats().waiting == 1)
-        assert service.engine.stats().running == 2
+        stats = service.engine.stats
+        await until(lambda: (stats().running, stats().waiting) == (2, 1))
         service.shard.steps.open()
         await asyncio.gather(*tasks)
