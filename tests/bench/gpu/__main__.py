@@ -62,6 +62,9 @@ def _run_all(parts: list[str], shapes: list[Shape], options: Options, limit: flo
 
 def _run(name: str, shape: Shape, options: Options) -> bool:
     """Whether the part ended well; what it raises is the log's, and the next part's turn comes."""
+    if missing := PARTS[name].missing():
+        print(f"--- {name} {shape.name}: skipped, not installed: {', '.join(missing)}", flush=True)
+        return True
     print(f"--- {name} {shape.name}", flush=True)
     started = time.perf_counter()
     try:

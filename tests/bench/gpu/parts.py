@@ -24,6 +24,7 @@ from tests.bench.gpu.streams import Load
 
 _TESTS = ("tests/kernels/test_cuda_ops.py", "tests/shard/test_cuda_step.py")
 _ROOT = Path(__file__).parents[3]
+_SERVICE = ("aiohttp", "grpc_health", "grpc_reflection", "prometheus_client", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class Part:
 
     run: Callable[[Shape, Options], list[Row]]
     per_shape: bool = False
+    needs: tuple[str, ...] = ()  # modules
+
+    def missing(self) -> list[str]:
+        """What it needs and is not installed."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
 def _tests(shape: Shape, options: Options) -> list[Row]:
-    if importlib.util.find_spec("pytest") is None:
-        print("tests: skipped, pytest is not installed", flush=True)
-        return []
     # Without the project's pytest plugins, which a GPU image need not have.
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", "."]
     done = subprocess.run([*command, "-p", "no:cacheprovider", *_TESTS], cwd=_ROOT, check=False)
@@ -61,16 +64,16 @@ def _peers(shape: Shape, options: Options) -> list[Row]:
 
 
 PARTS: dict[str, Part] = {
-    "tests": Part(_tests),
+    "tests": Part(_tests, needs=("pytest",)),
     "linears": Part(lambda shape, options: kernels.linears()),
     "lora": Part(lambda shape, options: kernels.lora()),
     "decode": Part(lambda shape, options: step.decode(shape.name), per_shape=True),
     "prefill": Part(lambda shape, options: step.prefill(shape.name), per_shape=True),
     "transfers": Part(lambda shape, options: tiers.transfers(shape.name), per_shape=True),
     "capacity": Part(lambda shape, options: tiers.capacity(shape.name)),
-    "http": Part(lambda shape, options: over_http.over_http(shape, options.out)),
+    "http": Part(lambda shape, options: over_http.over_http(shape, options.out), needs=_SERVICE),
     "e6": Part(lambda shape, options: mixed_decode.over_adapters(shape, options.e6_tokens)),
     "popularity": Part(lambda shape, options: mixed_decode.popularity(shape)),
-    "tiers": Part(lambda shape, options: cold_tiers.tiers(shape)),
+    "tiers": Part(lambda shape, options: cold_tiers.tiers(shape), needs=_SERVICE),
     "peers": Part(_peers),
 }
