@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 # (destination, source): contiguous tensors of one dtype and size.
 Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
+_PIECE = 2 << 20  # elements: 4 MiB in the usual dtypes, 0.1 ms of a bus
+
 
 class Copy(Protocol):
     """Copies under way."""
@@ -86,7 +88,10 @@ class _StreamCopier:
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             for destination, source in copies:
-                destination.copy_(source, non_blocking=True)
+                # In pieces, between which the copy engine turns to other streams' small copies.
+                pieces = zip(destination.split(_PIECE), source.split(_PIECE), strict=True)
+                for to, piece in pieces:
+                    to.copy_(piece, non_blocking=True)
             return _StreamCopy(self._stream.record_event(), self._stream.device)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -14,6 +14,7 @@ from lorafleet.shard.config import PAGE_SIZE
 from lorafleet.shard.flash_attention import FlashAttention, RowPages
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.rows import RowTable
+from lorafleet.shard.token_step import ends, per_token
 from lorafleet.shard.transfers import to_device
 
 
@@ -51,9 +52,8 @@ def build_batch(
     is one, and is plain torch otherwise.
     """
     device = rows.device
-    stops = list(accumulate(plan.token_counts))
-    columns = torch.tensor([plan.rows, plan.first_positions, plan.token_counts, plan.slots])
-    token_rows, positions, row_slots = _per_token(columns, stops)
+    stops = ends(plan)
+    token_rows, positions, row_slots = per_token(plan)
     token_rows, positions = to_device(token_rows, device), to_device(positions, device)
     spans = _spans(plan, rows, stops)
     picked = [i for i, samples in enumerate(plan.samples) if samples]
@@ -63,7 +63,7 @@ def build_batch(
         paged=_paged_batch(plan, rows, pool, flash, spans, token_rows, positions),
         spans=spans,
         lora=LoraBatch(
-            to_device(row_slots, device), _segments(plan.slots, plan.token_counts), max_rank
+            to_device(row_slots.int(), device), _segments(plan.slots, plan.token_counts), max_rank
         ),
         sample_tokens=to_device(
             torch.tensor([stops[i] - 1 for i in picked], dtype=torch.int64), device
@@ -74,20 +74,7 @@ def build_batch(
     )
 
 
-def _per_token(
-    columns: torch.Tensor, stops: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Row, position and slot (int32) of every token, from [4, num_rows] row columns."""
-    rows, firsts, counts, slots = columns
-    if stops[-1] == len(stops):  # one token a row
-        return rows, firsts, slots.int()
-    starts = torch.tensor(stops) - counts
-    offsets = torch.arange(stops[-1]) - starts.repeat_interleave(counts)
-    positions = firsts.repeat_interleave(counts) + offsets
-    return rows.repeat_interleave(counts), positions, slots.repeat_interleave(counts).int()
-
-
-def _spans(plan: StepPlan, rows: RowTable, stops: list[int]) -> list[PrefillSpan]:
+def _spans(plan: StepPlan, rows: RowTable, stops: Sequence[int]) -> list[PrefillSpan]:
     spans = []
     for i in range(plan.num_prefills):
         first, count = plan.first_positions[i], plan.token_counts[i]

@@ -17,7 +17,6 @@ from lorafleet.proto.messages import ShardInfo
 from lorafleet.shard.base_weights import CheckpointWeights
 from lorafleet.shard.checkpoint import Checkpoint, locate
 from lorafleet.shard.config import PAGE_SIZE, ShardConfig
-from lorafleet.shard.decode_graphs import DecodeGraphs
 from lorafleet.shard.errors import UnsupportedModel
 from lorafleet.shard.flash_attention import FlashAttention
 from lorafleet.shard.group import Group
@@ -25,6 +24,7 @@ from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.memory import MemoryPlan, plan_memory
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
+from lorafleet.shard.step_graphs import StepGraphs
 from lorafleet.shard.tokenizer import eos_token_ids, tokenizer_config_json, tokenizer_json
 from lorafleet.shard.worker import FastPath, Worker
 
@@ -100,8 +100,8 @@ def _fast_path(config: ShardConfig, decoder: Decoder, rows: RowTable, pool: KvPo
         attention = FlashAttention(pool, decoder.attention_kinds, part.local_heads)
     elif decoder.device.type == "cuda":
         log.warning("prompts attend in plain torch: FlashInfer is missing or has no kernels for it")
-    if config.cuda_graphs and DecodeGraphs.supports(decoder):
-        graphs = DecodeGraphs(decoder, rows, pool)
+    if config.cuda_graphs and StepGraphs.supports(decoder):
+        graphs = StepGraphs(decoder, rows, pool)
         graphs.capture_all()
     return FastPath(attention, graphs)
 

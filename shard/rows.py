@@ -53,11 +53,10 @@ class RowTable:
             index = to_device(host, self.device)
             self.page_table[index[0], index[1]] = index[2]
 
-    def locations(self, rows: list[int], positions: list[int]) -> list[int]:
-        """Where in the KV pool one position of each row lies: page * page_size + offset."""
-        places = torch.tensor(positions)
-        pages = self._host_pages[torch.tensor(rows), places // PAGE_SIZE]
-        return (pages * PAGE_SIZE + places % PAGE_SIZE).tolist()
+    def locations(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Where in the KV pool a position of each row lies: page * page_size + offset; int64."""
+        pages = self._host_pages[rows, positions // PAGE_SIZE].long()
+        return pages * PAGE_SIZE + positions % PAGE_SIZE
 
     def pages(self, row: int, length: int) -> torch.Tensor:
         """The pages of a row's first `length` tokens: int32 on the host, a view."""

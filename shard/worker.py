@@ -14,13 +14,14 @@ from lorafleet.cache.device_tier import DeviceTier
 from lorafleet.cache.store import AdapterStore
 from lorafleet.proto.messages import StepPlan, StepResult
 from lorafleet.shard.batch import Batch, build_batch
-from lorafleet.shard.decode_graphs import DecodeGraphs, DecodeStep
 from lorafleet.shard.flash_attention import FlashAttention
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.sampling import LOWEST_LOGPROB, Draw, is_greedy, sample, top_logprobs
+from lorafleet.shard.step_graphs import MAX_TOKENS, StepGraphs
 from lorafleet.shard.streams import StepStream
+from lorafleet.shard.token_step import reads_little, token_step
 from lorafleet.shard.transfers import to_device, to_host
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class FastPath:
     """What a CUDA device may have instead of plain torch."""
 
     attention: FlashAttention | None = None
-    graphs: DecodeGraphs | None = None
+    graphs: StepGraphs | None = None
 
 
 @dataclass(slots=True)
@@ -146,9 +147,7 @@ class Worker:
     def _compute(self, plan: StepPlan, launched: Launched) -> None:
         self._adapters.wait({slot for slot in plan.slots if slot})
         graphs = self._fast.graphs
-        # A captured graph holds the sites' work and nothing of parts.
-        is_plain = not plan.num_prefills and not any(map(self._adapters.parts, plan.slots))
-        if graphs is not None and is_plain and graphs.fits(len(plan.rows)):
+        if graphs is not None and self._can_replay(plan):
             self._replay(plan, graphs, launched)
             return
         batch = build_batch(
@@ -164,25 +163,37 @@ class Worker:
     def _max_rank(self, plan: StepPlan) -> int:
         return max(map(self._adapters.rank, plan.slots))
 
-    def _replay(self, plan: StepPlan, graphs: DecodeGraphs, launched: Launched) -> None:
-        """A step of one token a row, as a captured graph."""
-        raw, draw = graphs.run(
-            DecodeStep(
-                plan.rows,
-                plan.first_positions,
-                plan.slots,
-                self._rows.locations(plan.rows, plan.first_positions),
-                self._max_rank(plan),
-            )
+    def _can_replay(self, plan: StepPlan) -> bool:
+        """Whether a captured graph computes all that the plan asks for."""
+        prompts = [self._rows.sampling[row] for row in plan.rows[: plan.num_prefills]]
+        return (
+            sum(plan.token_counts) <= MAX_TOKENS
+            and reads_little(plan)
+            and not any(params.prompt_logprobs for params in prompts)
+            # A graph holds the sites' work and nothing of parts.
+            and not any(map(self._adapters.parts, plan.slots))
         )
-        params = [self._rows.sampling[row] for row in plan.rows]
+
+    def _replay(self, plan: StepPlan, graphs: StepGraphs, launched: Launched) -> None:
+        """A step of few tokens, as a captured graph."""
+        step = token_step(plan, self._rows, self._max_rank(plan))
+        raw, draw = graphs.run(step)
+        drawing = [i for i, samples in enumerate(plan.samples) if samples]
+        if not drawing:
+            return
+        if len(drawing) < len(step.rows):
+            picked = to_device(step.draws.nonzero().squeeze(1), raw.device)
+            raw, draw = raw[picked], Draw(draw.tokens[picked], draw.logprobs[picked])
+        rows = [plan.rows[i] for i in drawing]
+        params = [self._rows.sampling[row] for row in rows]
         if all(is_greedy(p) and not p.num_top_logprobs for p in params):
             launched.columns |= {"tokens": to_host(draw.tokens), "logprobs": to_host(draw.logprobs)}
             return
         logits = self._decoder.finish_logits(raw)
         if not all(map(is_greedy, params)):
-            draw = self._draw(logits, plan.rows, [p + 1 for p in plan.first_positions])
-        launched.columns |= self._answer(logits, draw, plan.rows)
+            positions = [plan.first_positions[i] + plan.token_counts[i] for i in drawing]
+            draw = self._draw(logits, rows, positions)
+        launched.columns |= self._answer(logits, draw, rows)
 
     def _draw(self, logits: torch.Tensor, rows: list[int], positions: list[int]) -> Draw:
         """Samples the tokens of `rows` and writes them to the row table at `positions`."""

@@ -49,8 +49,8 @@ template <typename T, int kDim>
 __global__ void __launch_bounds__(32 * kWarps, 2)
     decode_attention_kernel(T* out, float* partial, int* arrived, const T* query, const T* keys,
                             const T* values, const int64_t* page_table, int64_t table_stride,
-                            const int64_t* rows, const int64_t* positions, int kv_heads, int group,
-                            float scale, int window, float softcap) {
+                            const int64_t* rows, const int64_t* positions, const int64_t* fresh,
+                            int kv_heads, int group, float scale, int window, float softcap) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   let_next_begin();
   const int row = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads;
@@ -97,12 +97,12 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
     }
     asm volatile("cp.async.commit_group;");
   };
-  // Older pages need not wait for the kernel that stores the new token's key and value.
-  const int newest = first_page + num_pages - 1;
+  // Older pages need not wait for the kernel that stores this step's keys and values.
+  const int newest = static_cast<int>(fresh[row]) / kPage;
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
     const int p = begin + warp + kWarps * stage;
-    if (p == newest) wait_for_inputs();
+    if (p >= newest) wait_for_inputs();
     start_page(p, stage);
   }
   wait_for_inputs();
@@ -272,8 +272,8 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
 template <typename T, int kDim>
 int attend(void* out, float* partial, int* arrived, const void* query, const void* keys,
            const void* values, const int64_t* page_table, int64_t table_stride, const int64_t* rows,
-           const int64_t* positions, int num_rows, int kv_heads, int group, int chunks, float scale,
-           int window, float softcap, cudaStream_t stream) {
+           const int64_t* positions, const int64_t* fresh, int num_rows, int kv_heads, int group,
+           int chunks, float scale, int window, float softcap, cudaStream_t stream) {
   constexpr int kBytes = kWarps * kStages * sizeof(PageTile<T, kDim>);
   static const cudaError_t allowed =
       cudaFuncSetAttribute(decode_attention_kernel<T, kDim>,
@@ -283,7 +283,8 @@ int attend(void* out, float* partial, int* arrived, const void* query, const voi
   return lorafleet::launch(decode_attention_kernel<T, kDim>, grid, 32 * kWarps, kBytes, stream,
                            static_cast<T*>(out), partial, arrived, static_cast<const T*>(query),
                            static_cast<const T*>(keys), static_cast<const T*>(values), page_table,
-                           table_stride, rows, positions, kv_heads, group, scale, window, softcap);
+                           table_stride, rows, positions, fresh, kv_heads, group, scale, window,
+                           softcap);
 }
 
 }  // namespace
@@ -295,12 +296,13 @@ extern "C" int lorafleet_decode_attention(int is_half, int head_dim, void* out, 
                                           int* arrived, const void* query, const void* keys,
                                           const void* values, const int64_t* page_table,
                                           int64_t table_stride, const int64_t* rows,
-                                          const int64_t* positions, int num_rows, int kv_heads,
-                                          int group, int chunks, float scale, int window,
+                                          const int64_t* positions, const int64_t* fresh,
+                                          int num_rows, int kv_heads, int group, int chunks, float scale, int window,
                                           float softcap, cudaStream_t stream) {
 #define LAUNCH(T, D)                                                                             \
   return attend<T, D>(out, partial, arrived, query, keys, values, page_table, table_stride, rows, \
-                      positions, num_rows, kv_heads, group, chunks, scale, window, softcap, stream)
+                      positions, fresh, num_rows, kv_heads, group, chunks, scale, window, softcap,      \
+                      stream)
   if (head_dim == 64) {
     if (is_half) LAUNCH(__half, 64);
     LAUNCH(__nv_bfloat16, 64);

@@ -1,16 +1,18 @@
-"""decode_attention: one new token per row attends to its row's paged keys and values.
+"""decode_attention: each token attends to its row's paged keys and values up to its own.
 
-Semantics, for row i of length n = positions[i] + 1 and query head q of key/value head g:
+Semantics, for token i, of length n = positions[i] + 1, and query head q of key/value head g:
     s[j] = softcap * tanh(scale * <query[i, q], key j> / softcap)   (without softcap: scale * <...>)
     out[i, q] = sum_j softmax(s)[j] * value j      over max(0, n - window) <= j < n
     in float32, rounded once. Key j of the row lies in page page_table[rows[i], j // page_size], at
     j % page_size; the new token's own is among them.
 
 Arguments:
-    query         [num_rows, heads, head_dim], fp16 or bf16, contiguous.
+    query         [num_tokens, heads, head_dim], fp16 or bf16, contiguous.
     keys, values  [num_pages, 16, kv_heads, head_dim]; heads / kv_heads is 1 .. 8.
-    page_table    int64 [table_rows, max_pages]; rows int64 [num_rows]; positions int64 [num_rows].
-    arrived       int32 [at least num_rows * kv_heads], zero; the kernel leaves it zero. Launches
+    page_table    int64 [table_rows, max_pages].
+    rows, positions, fresh   int64 [num_tokens]. From position `fresh` on, the kernel in front may
+                  still be writing the row's keys and values; older ones are read at once.
+    arrived       int32 [at least num_tokens * kv_heads], zero; the kernel leaves it zero. Launches
                   that may overlap need one each.
 
 All but the shapes is read on the device: a captured launch serves any rows. head_dim 64 or 128.
@@ -46,16 +48,17 @@ def decode_attention(
     page_table: torch.Tensor,
     rows: torch.Tensor,
     positions: torch.Tensor,
+    fresh: torch.Tensor,
     arrived: torch.Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """See the module's docstring; [num_rows, heads, head_dim]."""
-    num_rows, heads, head_dim = query.shape
+    """See the module's docstring; [num_tokens, heads, head_dim]."""
+    num_tokens, heads, head_dim = query.shape
     kv_heads = keys.shape[2]
     assert query.is_contiguous()
-    group, units = heads // kv_heads, num_rows * kv_heads
+    group, units = heads // kv_heads, num_tokens * kv_heads
     chunks = max(1, min(_BLOCKS // units, page_table.shape[1]))
     out = torch.empty_like(query)
     partial = query.new_empty(units * chunks * group * (head_dim + 4), dtype=torch.float32)
@@ -63,7 +66,7 @@ def decode_attention(
         int(query.dtype == torch.float16), head_dim, out.data_ptr(), partial.data_ptr(),
         arrived.data_ptr(), query.data_ptr(), keys.data_ptr(), values.data_ptr(),
         page_table.data_ptr(), page_table.stride(0), rows.data_ptr(), positions.data_ptr(),
-        num_rows, kv_heads, group, chunks, scale, window or 0, softcap or 0.0,
+        fresh.data_ptr(), num_tokens, kv_heads, group, chunks, scale, window or 0, softcap or 0.0,
         torch.cuda.current_stream().cuda_stream,
     )  # fmt: skip
     return out
@@ -72,6 +75,6 @@ def decode_attention(
 @cache
 def _entry() -> Callable[..., None]:
     return bind(
-        "lorafleet_decode_attention", c_int, c_int, *[c_void_p] * 7, c_int64, *[c_void_p] * 2,
+        "lorafleet_decode_attention", c_int, c_int, *[c_void_p] * 7, c_int64, *[c_void_p] * 3,
         *[c_int] * 4, c_float, c_int, c_float, c_void_p,
     )  # fmt: skip

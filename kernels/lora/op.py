@@ -38,6 +38,8 @@ _MAX_PADDING = 2  # rows with padding over rows without, in a grid
 # What the decode form of the kernels is made for; longer segments go to tensor cores.
 _MAX_DECODE_TOKENS = 256
 _MAX_DECODE_SEGMENT = 16
+# Tokens times their largest rank; beyond, a product's spare warps are too few for the bytes of A.
+_MAX_CARRIED = 1024
 
 
 class PaddedRows(NamedTuple):
@@ -161,7 +163,7 @@ def lora_product(
     if not batch.is_decode:
         tiled = cuda.shrink_tiles(x, site, slots, batch.tiles, batch.arrived, max_rank)
         return linear(x, weight, bias), Pending(tiled, site, slots)
-    if stream.supports(x, weight):
+    if len(x) * max_rank <= _MAX_CARRIED and stream.supports(x, weight):
         y, shrunk = cuda.shrink_with_linear(x, weight, bias, site, slots, max_rank)
     else:
         shrunk = cuda.shrink(x, site, slots, max_rank)

@@ -9,6 +9,7 @@ import torch
 
 from lorafleet.kernels.decode_attention.op import decode_attention
 from lorafleet.kernels.decode_attention.reference import decode_attention as reference_attention
+from lorafleet.kernels.fetch.op import fetch_
 from lorafleet.kernels.fused import cuda as fused_cuda
 from lorafleet.kernels.fused import reference as fused_reference
 from lorafleet.kernels.greedy.op import greedy
@@ -275,12 +276,13 @@ def test_decode_attention(
     rows = torch.randperm(num_rows + 5, device="cuda")[:num_rows]
     query = torch.randn(num_rows, heads, head_dim, device="cuda").to(dtype)
     places = torch.tensor(positions, device="cuda")
+    fresh = (places - torch.randint(0, 50, (num_rows,), device="cuda")).clamp(min=0)
     arrived = torch.zeros(num_rows * kv_heads, dtype=torch.int32, device="cuda")
     scale = head_dim**-0.5
     poison()
     found = [
         decode_attention(
-            query, keys, values, page_table, rows, places, arrived, scale, window, softcap
+            query, keys, values, page_table, rows, places, fresh, arrived, scale, window, softcap
         )
         for _ in range(3)
     ]
@@ -291,6 +293,15 @@ def test_decode_attention(
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert not arrived.any()
+
+
+@pytest.mark.parametrize("bytes_", [8, 16, 7 * 8 * 64, 8 * 4096 + 5])
+def test_fetch_copies_every_byte(bytes_: int) -> None:
+    source = torch.randint(0, 255, (bytes_,), dtype=torch.uint8).pin_memory()
+    to = torch.zeros(bytes_ + 16, dtype=torch.uint8, device="cuda")
+    fetch_(to[:bytes_], source)
+    assert torch.equal(to[:bytes_].cpu(), source)
+    assert not to[bytes_:].any()
 
 
 PENDING_SLOTS = [

@@ -18,12 +18,12 @@ from lorafleet.cache.packed_form import plan_form
 from lorafleet.cache.packing import pack
 from lorafleet.proto.messages import SamplingParams, SequenceStart, StepPlan
 from lorafleet.shard.checkpoint import Checkpoint
-from lorafleet.shard.decode_graphs import DecodeGraphs
 from lorafleet.shard.flash_attention import FlashAttention
 from lorafleet.shard.group import Group
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
+from lorafleet.shard.step_graphs import StepGraphs
 from lorafleet.shard.streams import StepStream
 from lorafleet.shard.worker import FastPath, Worker
 from tests.checkpoints import RECIPES, make_adapters, make_checkpoint
@@ -58,7 +58,7 @@ def build(directory: Path, adapters: Path, with_graphs: bool) -> Worker:
             tier.begin_move(packed, slot, offset)
         offset += packed.nbytes
     attention = FlashAttention(pool, decoder.attention_kinds, part.local_heads)
-    graphs = DecodeGraphs(decoder, rows, pool) if with_graphs else None
+    graphs = StepGraphs(decoder, rows, pool) if with_graphs else None
     return Worker(decoder, rows, pool, tier, Mock(), True, FastPath(attention, graphs))
 
 
@@ -106,12 +106,7 @@ def test_tokens_are_as_likely_as_pefts(family: str, tmp_path: Path) -> None:
     for row, slot in enumerate(slots):
         adapted = PeftModel.from_pretrained(model, tmp_path / "adapters" / RECIPES[slot - 1].name)
         for drawn in (tokens[row], alone[row], launched[row]):
-            with torch.inference_mode():
-                ids = torch.tensor([prompts[row] + drawn], device="cuda")
-                logits = adapted(ids).logits[0, PROMPT - 1 : -1]
-            best = logits.max(dim=-1).values
-            regret = best - logits.gather(1, ids[0, PROMPT:, None]).squeeze(1)
-            assert regret.max() < 0.03 * logits.std(), (family, slot, regret.tolist())
+            assert regret(adapted, prompts[row], drawn) < 0.03, (family, slot, drawn)
         model = adapted.unload()
 
 
@@ -122,7 +117,67 @@ def test_base_rows_and_mixed_batches_of_every_captured_size(tmp_path: Path) -> N
     generator = torch.Generator().manual_seed(4)
     prompts = torch.randint(3, 250, (7, PROMPT), generator=generator).tolist()
     slots = [0, 3, 3, 0, 5, 0, 1]
-    together = run(worker, slots, prompts)
+    together = run(worker, slots, prompts)  # 259 tokens: no graph
     for count in (1, 2, 3, 5):
         assert run(worker, slots[:count], prompts[:count])[0] == together[0]
     assert run(worker, [0] * 7, prompts)[0] == together[0]
+
+
+def test_prompts_in_pieces_beside_decoding_rows_are_as_likely_as_pefts(tmp_path: Path) -> None:
+    """Row 0 decodes from step 2 on; row 1's prompt comes in three pieces, row 2's in one."""
+    base = make_checkpoint(
+        "llama", tmp_path / "model", hidden_size=256, head_dim=64, initializer_range=0.05
+    )
+    make_adapters(base, tmp_path / "adapters")
+    worker = build(base, tmp_path / "adapters", with_graphs=True)
+    generator = torch.Generator().manual_seed(5)
+    prompts = torch.randint(3, 250, (3, PROMPT), generator=generator).tolist()
+    slots = [2, 3, 3]
+    # first positions and tokens of the rows that compute, and which of them draw
+    steps: list[list[tuple[int, int, int, bool]]] = [
+        [(0, 0, PROMPT, True)],
+        [(1, 0, 17, False), (0, PROMPT, 1, True)],
+        [(1, 17, 19, False), (2, 0, PROMPT, True), (0, PROMPT + 1, 1, True)],
+        [(1, 36, 1, True), (2, PROMPT, 1, True), (0, PROMPT + 2, 1, True)],
+        [(1, PROMPT, 1, True), (2, PROMPT + 1, 1, True), (0, PROMPT + 3, 1, True)],
+    ]
+    drawn: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    begun: set[int] = set()
+    pages = iter(range(64))
+    held = dict.fromkeys(drawn, 0)
+    for number, step in enumerate(steps, start=1):
+        plan = StepPlan(number)
+        for row, first, count, draws in step:
+            if row not in begun:
+                plan.starts.append(SequenceStart(row, prompts[row], PROMPT, SamplingParams()))
+                begun.add(row)
+            needed = -(-(first + count) // 16)
+            plan.num_prefills += first < PROMPT
+            plan.rows.append(row)
+            plan.first_positions.append(first)
+            plan.token_counts.append(count)
+            plan.slots.append(slots[row])
+            plan.samples.append(draws)
+            plan.new_page_counts.append(needed - held[row])
+            plan.pages += [next(pages) for _ in range(needed - held[row])]
+            held[row] = needed
+        tokens = worker.finish(worker.launch(StepStream(), plan)).tokens
+        for (row, *_), token in zip([s for s in step if s[3]], tokens, strict=True):
+            drawn[row].append(token)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    model.to("cuda")
+    for row, tokens in drawn.items():
+        name = RECIPES[slots[row] - 1].name
+        adapted = PeftModel.from_pretrained(model, tmp_path / "adapters" / name)
+        assert regret(adapted, prompts[row], tokens) < 0.03, (row, tokens)
+        model = adapted.unload()
+
+
+def regret(model: Any, prompt: list[int], drawn: list[int]) -> float:
+    """How much likelier than a drawn token the best one is at most, in deviations of the logits."""
+    with torch.inference_mode():
+        ids = torch.tensor([prompt + drawn], device="cuda")
+        logits = model(ids).logits[0, len(prompt) - 1 : -1]
+    best = logits.max(dim=-1).values
+    lost = best - logits.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+    return float(lost.max() / logits.std())

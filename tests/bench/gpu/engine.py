@@ -20,12 +20,12 @@ from lorafleet.cache.packing import PackedAdapter
 from lorafleet.kernels import timing
 from lorafleet.proto.messages import SamplingParams, SequenceStart, StepPlan
 from lorafleet.shard.config import PAGE_SIZE
-from lorafleet.shard.decode_graphs import DecodeGraphs
 from lorafleet.shard.flash_attention import FlashAttention
 from lorafleet.shard.group import Group
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
+from lorafleet.shard.step_graphs import StepGraphs
 from lorafleet.shard.streams import StepStream
 from lorafleet.shard.worker import FastPath, Launched, Worker
 from tests.bench.gpu.device import DEVICE, ON_CUDA, synchronize
@@ -42,7 +42,7 @@ class Engine:
     pool: KvPool
     tier: DeviceTier
     worker: Worker
-    graphs: DecodeGraphs | None
+    graphs: StepGraphs | None
     _step: int = 0
     _next_page: int = 0
     _arena_end: int = 0
@@ -68,7 +68,7 @@ class Engine:
             attention = FlashAttention(pool, decoder.attention_kinds, shape.heads)
         elif ON_CUDA:
             print("FlashInfer is not installed: prompts attend in plain torch", flush=True)
-        graphs = DecodeGraphs(decoder, rows, pool) if DecodeGraphs.supports(decoder) else None
+        graphs = StepGraphs(decoder, rows, pool) if StepGraphs.supports(decoder) else None
         # No adapter is fetched here: moves go to the tier directly.
         worker = Worker(
             decoder, rows, pool, tier, Mock(), answers=False, fast=FastPath(attention, graphs)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from lorafleet.shard.decode_graphs import RANK_CLASSES, batch_sizes, rank_class
+from lorafleet.shard.step_graphs import RANK_CLASSES, rank_class, token_counts
 
 
-def test_batch_sizes_rise_to_the_largest_and_pad_little() -> None:
-    sizes = batch_sizes(256)
+def test_token_counts_rise_to_the_largest_and_pad_little() -> None:
+    sizes = token_counts(256)
     assert sizes == sorted(set(sizes))
     assert sizes[0] == 1
     assert sizes[-1] == 256

@@ -1,8 +1,8 @@
-"""DecodeGraphs: decode steps as captured CUDA graphs, one per batch size and LoRA class.
+"""StepGraphs: steps of few tokens as captured CUDA graphs, one per token count and LoRA class.
 
 A graph holds everything from the input tokens to the greedy choice. What changes between steps is
-read from fixed buffers, filled by one copy from page-locked memory before each replay; rows beyond
-the step's own are padding, which reads and writes a scratch row and a scratch page only.
+read from fixed buffers, filled from page-locked memory before each replay; tokens beyond the
+step's own are padding, which reads and writes a scratch row and a scratch page only.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lorafleet.kernels.decode_attention.op import decode_attention, supports
+from lorafleet.kernels.fetch.op import fetch_
 from lorafleet.kernels.greedy.op import greedy as greedy_kernel
 from lorafleet.kernels.lora.op import LoraBatch
 from lorafleet.shard.attention import AttentionKind
@@ -24,24 +24,14 @@ from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.sampling import Draw, greedy
+from lorafleet.shard.token_step import TokenStep
 
 log = logging.getLogger(__name__)
 
 # Largest rank of an adapter in the step: the grids of the LoRA kernels are captured for it.
 RANK_CLASSES = (16, 64, 512)
 _NO_LORA = 0
-_MAX_CAPTURED_ROWS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeStep:
-    """A decode-only step on the host; one entry a row, one token each."""
-
-    rows: Sequence[int]
-    positions: Sequence[int]
-    slots: Sequence[int]
-    locations: Sequence[int]  # page * page_size + offset of the new tokens
-    max_rank: int  # of the slots' adapters; 0 where no row has one
+MAX_TOKENS = 256  # more keep a device busy by themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,59 +42,64 @@ class _Captured:
 
 
 class _Inputs:
-    """The buffers that one batch size's graphs read, and what fills them."""
+    """The buffers that one token count's graphs read, and what fills them."""
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self._staging = torch.zeros(6, size, dtype=torch.int64, pin_memory=True)
-        self._columns = torch.zeros(6, size, dtype=torch.int64, device=device)
-        # Input and next token in the flat token table, then row, position and location; int64.
-        self.source, self.target, self.rows, self.positions, self.locations, _ = self._columns
-        self.slots = self._columns[5].view(torch.int32)[:size]
+        self._staging = torch.zeros(7, size, dtype=torch.int64, pin_memory=True)
+        self._columns = torch.zeros(7, size, dtype=torch.int64, device=device)
+        # The token and its successor in the flat token table, then row, position, location and
+        # the first position of the row that this step may write; int64.
+        self.source, self.target, self.rows, self.positions, self.locations, self.fresh, _ = (
+            self._columns
+        )
+        self.slots = self._columns[6].view(torch.int32)[:size]
 
-    def fill(self, step: DecodeStep, row_width: int, scratch_row: int, scratch_page: int) -> None:
+    def fill(self, step: TokenStep, row_width: int, scratch_row: int, scratch_page: int) -> None:
         """Queues the copy of a step's columns; the staging memory must be free again."""
         count = len(step.rows)
-        source, target, rows, positions, locations, slots = self._staging
-        rows.fill_(scratch_row)
-        positions.zero_()
-        locations.fill_(scratch_page * PAGE_SIZE)
+        source, target, rows, positions, locations, fresh, slots = self._staging
+        rows[:count], rows[count:] = step.rows, scratch_row
+        positions[:count], positions[count:] = step.positions, 0
+        locations[:count], locations[count:] = step.locations, scratch_page * PAGE_SIZE
         slots.zero_()
-        if count:
-            rows[:count] = torch.tensor(step.rows)
-            positions[:count] = torch.tensor(step.positions)
-            locations[:count] = torch.tensor(step.locations)
-            slots.view(torch.int32)[:count] = torch.tensor(step.slots, dtype=torch.int32)
+        slots.view(torch.int32)[:count] = step.slots
         torch.add(positions, rows, alpha=row_width, out=source)
         torch.add(source, 1, out=target)
-        self._columns.copy_(self._staging, non_blocking=True)
+        target[:count][~step.draws] = scratch_row * row_width
+        fresh.copy_(positions)
+        if step.has_prompts:
+            fresh.zero_()
+        # Not by the copy engine, which may be busy with an adapter for longer than a step.
+        fetch_(self._columns, self._staging)
 
 
 @dataclass(frozen=True, slots=True)
 class CapturedBatch:
-    """A decode step's attention at fixed addresses, as the layers read it."""
+    """A step's attention at fixed addresses, as the layers read it."""
 
     pool: KvPool
     locations: torch.Tensor
     rows: torch.Tensor
     positions: torch.Tensor
+    fresh: torch.Tensor
     page_table: torch.Tensor
     arrived: torch.Tensor
 
     def attend(self, layer: int, query: torch.Tensor, kind: AttentionKind) -> torch.Tensor:
-        """Attention [num_rows, heads, head_dim] of one token a row."""
+        """Attention [num_tokens, heads, head_dim]."""
         return decode_attention(
             query.contiguous(), self.pool.keys[layer], self.pool.values[layer], self.page_table,
-            self.rows, self.positions, self.arrived, *kind,
+            self.rows, self.positions, self.fresh, self.arrived, *kind,
         )  # fmt: skip
 
 
-class DecodeGraphs:
+class StepGraphs:
     """Captures and replays. Belongs to the compute thread."""
 
     def __init__(self, decoder: Decoder, rows: RowTable, pool: KvPool) -> None:
         """Captures nothing yet."""
         self._decoder, self._rows, self._kv = decoder, rows, pool
-        self._sizes = [n for n in batch_sizes(_MAX_CAPTURED_ROWS) if n < 2 * rows.max_rows]
+        self._sizes = token_counts(MAX_TOKENS)
         self._pool = torch.cuda.graph_pool_handle()
         self._inputs: dict[int, _Inputs] = {}
         self._captured: dict[tuple[int, int], _Captured] = {}
@@ -122,7 +117,7 @@ class DecodeGraphs:
         return supports(decoder.dtype, part.local_heads, part.local_kv_heads, part.head_dim)
 
     def capture_all(self) -> None:
-        """Captures every batch size, without adapters and with those of the usual ranks.
+        """Captures every token count, without adapters and with those of the usual ranks.
 
         The largest goes first, so that the others fit into its memory.
         """
@@ -132,15 +127,12 @@ class DecodeGraphs:
             self._graph(size, rank)
         log.info("captured %d graphs in %.1f s", len(keys), time.perf_counter() - started)
 
-    def fits(self, num_rows: int) -> bool:
-        """Whether a step of this many rows can be replayed."""
-        return num_rows <= self._sizes[-1]
-
     @torch.inference_mode()
-    def run(self, step: DecodeStep) -> tuple[torch.Tensor, Draw]:
-        """Queues a step: what the head gives [rows, vocab], and the greedy choice.
+    def run(self, step: TokenStep) -> tuple[torch.Tensor, Draw]:
+        """Queues a step of at most MAX_TOKENS: what the head gives [num_tokens, vocab], and the
+        greedy choice after every token.
 
-        Both are valid until the next call; the greedy tokens are already in the row table.
+        Both are valid until the next call; where the step draws, they are in the row table too.
         """
         count = len(step.rows)
         size = self._sizes[bisect_left(self._sizes, count)]
@@ -150,12 +142,12 @@ class DecodeGraphs:
         draw = Draw(captured.draw.tokens[:count], captured.draw.logprobs[:count])
         return captured.logits[:count], draw
 
-    def replay(self, num_rows: int, max_rank: int) -> None:
+    def replay(self, num_tokens: int, max_rank: int) -> None:
         """Queues the graph of such a step once more over its last inputs, to be timed."""
-        size = self._sizes[bisect_left(self._sizes, num_rows)]
+        size = self._sizes[bisect_left(self._sizes, num_tokens)]
         self._graph(size, rank_class(max_rank)).graph.replay()
 
-    def _prepare(self, size: int, step: DecodeStep) -> None:
+    def _prepare(self, size: int, step: TokenStep) -> None:
         self._filled.synchronize()  # the last step's copy has left the staging memory
         self._inputs[size].fill(
             step, self._rows.tokens.shape[1], self._rows.max_rows, self._kv.scratch_page
@@ -173,7 +165,7 @@ class DecodeGraphs:
         device = self._rows.device
         if size not in self._inputs:
             self._inputs[size] = _Inputs(size, device)
-        self._prepare(size, DecodeStep([], [], [], [], rank))
+        self._prepare(size, TokenStep.empty(rank))
         self._compute(size, rank)  # what is made on first use is made outside the capture
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
@@ -194,6 +186,7 @@ class DecodeGraphs:
                 inputs.locations,
                 inputs.rows,
                 inputs.positions,
+                inputs.fresh,
                 self._rows.page_table,
                 self._arrived,
             ),
@@ -212,8 +205,8 @@ def _lora(slots: torch.Tensor, rank: int) -> LoraBatch:
     return LoraBatch.captured(slots, rank) if rank else LoraBatch.none(slots.device)
 
 
-def batch_sizes(largest: int) -> list[int]:
-    """The captured sizes: dense where a row more costs most, then in steps of 8, 16 and 32."""
+def token_counts(largest: int) -> list[int]:
+    """The captured sizes: dense where a token more costs most, then in steps of 8, 16 and 32."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, largest + 1, 32)]
     return [n for n in sizes if n <= largest]
 

@@ -1,0 +1,1 @@
+"""A small copy from host memory that does not wait for the copy engine."""
