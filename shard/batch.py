@@ -11,10 +11,10 @@ from lorafleet.kernels.lora.op import LoraBatch
 from lorafleet.proto.messages import StepPlan
 from lorafleet.shard.attention import AttentionBatch, PagedBatch, PrefillSpan
 from lorafleet.shard.config import PAGE_SIZE
-from lorafleet.shard.flash_attention import FlashAttention, RowPages
+from lorafleet.shard.flash_attention import FlashAttention
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.rows import RowTable
-from lorafleet.shard.token_step import ends, per_token
+from lorafleet.shard.token_step import ends, per_token, row_pages, segments_of
 from lorafleet.shard.transfers import to_device
 
 
@@ -63,14 +63,14 @@ def build_batch(
         paged=_paged_batch(plan, rows, pool, flash, spans, token_rows, positions),
         spans=spans,
         lora=LoraBatch(
-            to_device(row_slots.int(), device), _segments(plan.slots, plan.token_counts), max_rank
+            to_device(row_slots.int(), device), segments_of(plan.slots, plan.token_counts), max_rank
         ),
         sample_tokens=to_device(
             torch.tensor([stops[i] - 1 for i in picked], dtype=torch.int64), device
         ),
         sample_rows=[plan.rows[i] for i in picked],
         sample_positions=[plan.first_positions[i] + plan.token_counts[i] for i in picked],
-        sample_segments=_segments([plan.slots[i] for i in picked], [1] * len(picked)),
+        sample_segments=segments_of([plan.slots[i] for i in picked], [1] * len(picked)),
     )
 
 
@@ -95,7 +95,7 @@ def _paged_batch(
     pages = rows.page_table[token_rows, positions // PAGE_SIZE]
     locations = pages * PAGE_SIZE + positions % PAGE_SIZE
     if flash is not None:
-        return flash.mixed(locations, _row_pages(plan, rows))
+        return flash.mixed(locations, row_pages(plan, rows))
     decode_start = spans[-1].stop if spans else 0
     longest = max(plan.first_positions[plan.num_prefills :], default=0) + 1
     return AttentionBatch(
@@ -106,24 +106,3 @@ def _paged_batch(
         decode_pages=rows.page_table[token_rows[decode_start:], : rows.pages_for(longest)],
         decode_lengths=positions[decode_start:] + 1,
     )
-
-
-def _row_pages(plan: StepPlan, rows: RowTable) -> RowPages:
-    pairs = zip(plan.first_positions, plan.token_counts, strict=True)
-    lengths = [first + count for first, count in pairs]
-    pages = [rows.pages(row, length) for row, length in zip(plan.rows, lengths, strict=True)]
-    return RowPages(plan.token_counts, lengths, pages)
-
-
-def _segments(slots: list[int], counts: list[int]) -> tuple[tuple[int, int, int], ...]:
-    """(slot, start, stop) of each run of tokens that uses one adapter."""
-    segments: list[tuple[int, int, int]] = []
-    start = 0
-    for slot, count in zip(slots, counts, strict=True):
-        stop = start + count
-        if slot and segments and segments[-1][0] == slot and segments[-1][2] == start:
-            segments[-1] = (slot, segments[-1][1], stop)
-        elif slot:
-            segments.append((slot, start, stop))
-        start = stop
-    return tuple(segments)

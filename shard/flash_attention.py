@@ -17,9 +17,11 @@ import torch
 from lorafleet.shard.attention import AttentionKind
 from lorafleet.shard.config import PAGE_SIZE
 from lorafleet.shard.kv_pool import KvPool
+from lorafleet.shard.transfers import to_device
 
 # Its scratch for partial results of long rows, as its documentation recommends.
 _WORKSPACE_BYTES = 128 << 20
+_TILE = 128
 _HEAD_DIMS = (64, 128, 256)
 _DTYPES = (torch.float16, torch.bfloat16)
 
@@ -57,7 +59,7 @@ class FlashAttention:
         self._flashinfer: Any = flashinfer
         device = pool.keys.device
         self.workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._mixed = {kind: self._prefill_wrapper() for kind in set(kinds)}
+        self._mixed = {kind: self.wrapper(self.workspace) for kind in set(kinds)}
         self._copied = torch.cuda.Event()
 
     @staticmethod
@@ -87,18 +89,84 @@ class FlashAttention:
         """Plans a step of prefill and decode rows; `locations` as FlashBatch has them."""
         # Planning overwrites page-locked memory, whose copies wait for the step before.
         self._copied.synchronize()
-        tokens, indptr, pages, last = (part.pin_memory() for part in rows.tensors())
-        for kind, wrapper in self._mixed.items():
+        self.plan(self._mixed, *(part.pin_memory() for part in rows.tensors()))
+        self._copied.record()
+        return FlashBatch(self.pool, locations, self._mixed, self.kinds)
+
+    def plan(
+        self,
+        wrappers: dict[AttentionKind, Any],
+        tokens: torch.Tensor,
+        indptr: torch.Tensor,
+        pages: torch.Tensor,
+        last: torch.Tensor,
+    ) -> None:
+        """Plans every wrapper for rows as `RowPages.tensors` gives them."""
+        for kind, wrapper in wrappers.items():
             wrapper.plan(
                 tokens, indptr, pages, last, head_dim_qk=self.pool.keys.shape[-1], causal=True,
                 **_plan_options(kind), **self.shape,
             )  # fmt: skip
-        self._copied.record()
-        return FlashBatch(self.pool, locations, self._mixed, self.kinds)
 
-    def _prefill_wrapper(self) -> Any:
-        wrapper = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper
-        return wrapper(self.workspace, "NHD", backend="fa2")
+    def wrapper(self, workspace: torch.Tensor, **buffers: Any) -> Any:
+        """One of FlashInfer's, which is planned and run."""
+        made = self._flashinfer.BatchPrefillWithPagedKVCacheWrapper
+        return made(workspace, "NHD", backend="fa2", **buffers)
+
+
+class CapturedFlash:
+    """FlashInfer for captured steps: what it reads of a step lies at fixed addresses.
+
+    One set of wrappers serves graphs of every size. Belongs to the compute thread.
+    """
+
+    def __init__(
+        self, flash: FlashAttention, max_tokens: int, max_rows: int, max_pages: int
+    ) -> None:
+        """For steps of up to `max_tokens` in `max_rows` rows of up to `max_pages` each."""
+        self._flash, self.max_rows = flash, max_rows
+        device, counts = flash.pool.keys.device, (max_rows + 1, max_rows + 1, max_rows)
+        tokens, indptr, last = (
+            torch.zeros(count, dtype=torch.int32, device=device) for count in counts
+        )
+        pages = torch.zeros(max_rows * max_pages, dtype=torch.int32, device=device)
+        workspace = torch.zeros(
+            _captured_bytes(flash, max_tokens, max_rows), dtype=torch.uint8, device=device
+        )
+        self._wrappers = {
+            kind: flash.wrapper(
+                workspace, use_cuda_graph=True, qo_indptr_buf=tokens, paged_kv_indptr_buf=indptr,
+                paged_kv_indices_buf=pages, paged_kv_last_page_len_buf=last,
+            )
+            for kind in set(flash.kinds)
+        }  # fmt: skip
+        self._copied = torch.cuda.Event()
+        self.plan(self.scratch_rows(max_tokens))  # the first plan says how many there can be
+
+    def scratch_rows(self, num_tokens: int) -> RowPages:
+        """One row of so many tokens, all on the scratch page."""
+        pages = torch.full((-(-num_tokens // PAGE_SIZE),), self._flash.pool.scratch_page)
+        return RowPages([num_tokens], [num_tokens], [pages.int()])
+
+    def plan(self, rows: RowPages) -> None:
+        """Plans the step that is replayed next."""
+        self._copied.synchronize()
+        tokens, indptr, pages, last = rows.tensors()
+        missing = self.max_rows - len(rows.lengths)  # rows without tokens and without pages
+        tokens, indptr = (
+            torch.cat((offsets, offsets[-1:].expand(missing))) for offsets in (tokens, indptr)
+        )
+        last = torch.cat((last, last.new_zeros(missing)))
+        # Pages that lie on the host would be waited for.
+        pages = to_device(pages, self._flash.pool.keys.device)
+        self._flash.plan(
+            self._wrappers, tokens.pin_memory(), indptr.pin_memory(), pages, last.pin_memory()
+        )
+        self._copied.record()
+
+    def batch(self, locations: torch.Tensor) -> FlashBatch:
+        """The planned step, as a graph captures it; `locations` as FlashBatch has them."""
+        return FlashBatch(self._flash.pool, locations, self._wrappers, self._flash.kinds)
 
 
 class FlashBatch:
@@ -122,6 +190,18 @@ class FlashBatch:
         """Causal attention [num_tokens, heads, head_dim]; `kind` was planned."""
         paged = (self.pool.keys[layer], self.pool.values[layer])
         return self._wrappers[layer].run(query, paged)  # type: ignore[no-any-return]
+
+
+def _captured_bytes(flash: FlashAttention, max_tokens: int, max_rows: int) -> int:
+    """What a captured step's partial results take at most, as FlashInfer's planner counts them.
+
+    It cuts queries into tiles of up to 128 (token, head of a group) pairs, each row's by itself.
+    """
+    head_dim, group = flash.pool.keys.shape[-1], flash.num_heads // flash.pool.keys.shape[-2]
+    tiles = -(-max_tokens * group // _TILE) + max_rows
+    processors = torch.cuda.get_device_properties(flash.pool.keys.device).multi_processor_count
+    tiles = max(tiles, 2 * processors // flash.pool.keys.shape[-2])
+    return tiles * _TILE * flash.num_heads * (head_dim + 1) * 4 + (1 << 20)
 
 
 def _plan_options(kind: AttentionKind) -> dict[str, Any]:

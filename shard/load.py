@@ -101,7 +101,7 @@ def _fast_path(config: ShardConfig, decoder: Decoder, rows: RowTable, pool: KvPo
     elif decoder.device.type == "cuda":
         log.warning("prompts attend in plain torch: FlashInfer is missing or has no kernels for it")
     if config.cuda_graphs and StepGraphs.supports(decoder):
-        graphs = StepGraphs(decoder, rows, pool)
+        graphs = StepGraphs(decoder, rows, pool, attention)
         graphs.capture_all()
     return FastPath(attention, graphs)
 

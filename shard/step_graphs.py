@@ -1,4 +1,4 @@
-"""StepGraphs: steps of few tokens as captured CUDA graphs, one per token count and LoRA class.
+"""StepGraphs: steps of few tokens as captured CUDA graphs, one per form, size and LoRA class.
 
 A graph holds everything from the input tokens to the greedy choice. What changes between steps is
 read from fixed buffers, filled from page-locked memory before each replay; tokens beyond the
@@ -14,24 +14,24 @@ from dataclasses import dataclass
 
 import torch
 
-from lorafleet.kernels.decode_attention.op import decode_attention, supports
-from lorafleet.kernels.fetch.op import fetch_
+from lorafleet.kernels.decode_attention.op import supports
 from lorafleet.kernels.greedy.op import greedy as greedy_kernel
 from lorafleet.kernels.lora.op import LoraBatch
-from lorafleet.shard.attention import AttentionKind
-from lorafleet.shard.config import PAGE_SIZE
+from lorafleet.shard.flash_attention import CapturedFlash, FlashAttention
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.sampling import Draw, greedy
-from lorafleet.shard.token_step import TokenStep
+from lorafleet.shard.step_forms import MAX_STEP_TOKENS, DecodeForm, PromptForm, StepForm
+from lorafleet.shard.step_inputs import StepInputs
+from lorafleet.shard.token_step import MAX_DECODE_TOKENS, TokenStep
 
 log = logging.getLogger(__name__)
 
 # Largest rank of an adapter in the step: the grids of the LoRA kernels are captured for it.
 RANK_CLASSES = (16, 64, 512)
 _NO_LORA = 0
-MAX_TOKENS = 256  # more keep a device busy by themselves
+_MAX_FLASH_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,71 +41,35 @@ class _Captured:
     draw: Draw
 
 
-class _Inputs:
-    """The buffers that one token count's graphs read, and what fills them."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._staging = torch.zeros(7, size, dtype=torch.int64, pin_memory=True)
-        self._columns = torch.zeros(7, size, dtype=torch.int64, device=device)
-        # The token and its successor in the flat token table, then row, position, location and
-        # the first position of the row that this step may write; int64.
-        self.source, self.target, self.rows, self.positions, self.locations, self.fresh, _ = (
-            self._columns
-        )
-        self.slots = self._columns[6].view(torch.int32)[:size]
-
-    def fill(self, step: TokenStep, row_width: int, scratch_row: int, scratch_page: int) -> None:
-        """Queues the copy of a step's columns; the staging memory must be free again."""
-        count = len(step.rows)
-        source, target, rows, positions, locations, fresh, slots = self._staging
-        rows[:count], rows[count:] = step.rows, scratch_row
-        positions[:count], positions[count:] = step.positions, 0
-        locations[:count], locations[count:] = step.locations, scratch_page * PAGE_SIZE
-        slots.zero_()
-        slots.view(torch.int32)[:count] = step.slots
-        torch.add(positions, rows, alpha=row_width, out=source)
-        torch.add(source, 1, out=target)
-        target[:count][~step.draws] = scratch_row * row_width
-        fresh.copy_(positions)
-        if step.has_prompts:
-            fresh.zero_()
-        # Not by the copy engine, which may be busy with an adapter for longer than a step.
-        fetch_(self._columns, self._staging)
-
-
 @dataclass(frozen=True, slots=True)
-class CapturedBatch:
-    """A step's attention at fixed addresses, as the layers read it."""
+class _Key:
+    """What a graph is chosen by."""
 
-    pool: KvPool
-    locations: torch.Tensor
-    rows: torch.Tensor
-    positions: torch.Tensor
-    fresh: torch.Tensor
-    page_table: torch.Tensor
-    arrived: torch.Tensor
-
-    def attend(self, layer: int, query: torch.Tensor, kind: AttentionKind) -> torch.Tensor:
-        """Attention [num_tokens, heads, head_dim]."""
-        return decode_attention(
-            query.contiguous(), self.pool.keys[layer], self.pool.values[layer], self.page_table,
-            self.rows, self.positions, self.fresh, self.arrived, *kind,
-        )  # fmt: skip
+    form: StepForm
+    size: int
+    rank: int
 
 
 class StepGraphs:
     """Captures and replays. Belongs to the compute thread."""
 
-    def __init__(self, decoder: Decoder, rows: RowTable, pool: KvPool) -> None:
-        """Captures nothing yet."""
+    def __init__(
+        self, decoder: Decoder, rows: RowTable, pool: KvPool, flash: FlashAttention | None
+    ) -> None:
+        """Captures nothing yet. Without `flash` there is the decode form only."""
         self._decoder, self._rows, self._kv = decoder, rows, pool
-        self._sizes = token_counts(MAX_TOKENS)
         self._pool = torch.cuda.graph_pool_handle()
-        self._inputs: dict[int, _Inputs] = {}
-        self._captured: dict[tuple[int, int], _Captured] = {}
-        self._filled = torch.cuda.Event()
-        units = self._sizes[-1] * decoder.partition.local_kv_heads
+        units = MAX_DECODE_TOKENS * decoder.partition.local_kv_heads
         self._arrived = torch.zeros(units, dtype=torch.int32, device=rows.device)
+        self._decodes = DecodeForm(rows, pool, self._arrived)
+        self._prompts: PromptForm | None = None
+        if flash is not None:
+            max_rows, max_pages = min(rows.max_rows, _MAX_FLASH_ROWS), rows.page_table.shape[1]
+            captured = CapturedFlash(flash, MAX_STEP_TOKENS, max_rows, max_pages)
+            self._prompts = PromptForm(rows, captured)
+        self._inputs: dict[tuple[StepForm, int], StepInputs] = {}
+        self._captured: dict[_Key, _Captured] = {}
+        self._filled = torch.cuda.Event()
         rows.page_table[rows.max_rows] = pool.scratch_page
 
     @staticmethod
@@ -117,98 +81,105 @@ class StepGraphs:
         return supports(decoder.dtype, part.local_heads, part.local_kv_heads, part.head_dim)
 
     def capture_all(self) -> None:
-        """Captures every token count, without adapters and with those of the usual ranks.
+        """Captures every size, without adapters and with those of the usual ranks.
 
-        The largest goes first, so that the others fit into its memory.
+        The largest go first, so that the others fit into their memory.
         """
-        keys = [(n, rank) for n in reversed(self._sizes) for rank in (_NO_LORA, *RANK_CLASSES[:2])]
+        forms: list[StepForm] = [self._decodes]
+        if self._prompts is not None:
+            forms.insert(0, self._prompts)
+        keys = [
+            _Key(form, size, rank)
+            for form in forms
+            for size in reversed(form.sizes)
+            for rank in (_NO_LORA, *RANK_CLASSES[:2])
+        ]
         started = time.perf_counter()
-        for size, rank in keys:
-            self._graph(size, rank)
+        for key in keys:
+            self._graph(key)
         log.info("captured %d graphs in %.1f s", len(keys), time.perf_counter() - started)
+
+    def fits(self, step: TokenStep) -> bool:
+        """Whether the step can be replayed."""
+        if step.prompts is None:
+            return True
+        return self._prompts is not None and self._prompts.fits(step.prompts, len(step.rows))
 
     @torch.inference_mode()
     def run(self, step: TokenStep) -> tuple[torch.Tensor, Draw]:
-        """Queues a step of at most MAX_TOKENS: what the head gives [num_tokens, vocab], and the
-        greedy choice after every token.
+        """Queues a step that fits: what the head gives [num_draws, vocab], and the greedy choice.
 
-        Both are valid until the next call; where the step draws, they are in the row table too.
+        Both are valid until the next call; the greedy tokens are already in the row table.
         """
-        count = len(step.rows)
-        size = self._sizes[bisect_left(self._sizes, count)]
-        captured = self._graph(size, rank_class(step.max_rank))
-        self._prepare(size, step)
+        form = self._form(step)
+        key = self._key(form, len(step.rows), step.max_rank)
+        captured = self._graph(key)
+        self._prepare(key, step)
         captured.graph.replay()
+        count = len(step.drawn)
         draw = Draw(captured.draw.tokens[:count], captured.draw.logprobs[:count])
         return captured.logits[:count], draw
 
-    def replay(self, num_tokens: int, max_rank: int) -> None:
-        """Queues the graph of such a step once more over its last inputs, to be timed."""
-        size = self._sizes[bisect_left(self._sizes, num_tokens)]
-        self._graph(size, rank_class(max_rank)).graph.replay()
+    def replay(self, num_rows: int, max_rank: int) -> None:
+        """Queues the graph of such a decode step over its last inputs, to be timed."""
+        self._graph(self._key(self._decodes, num_rows, max_rank)).graph.replay()
 
-    def _prepare(self, size: int, step: TokenStep) -> None:
+    def _form(self, step: TokenStep) -> StepForm:
+        if step.prompts is None:
+            return self._decodes
+        assert self._prompts is not None
+        return self._prompts
+
+    def _key(self, form: StepForm, num_tokens: int, max_rank: int) -> _Key:
+        size = form.sizes[bisect_left(form.sizes, num_tokens)]
+        return _Key(form, size, rank_class(max_rank))
+
+    def _prepare(self, key: _Key, step: TokenStep) -> None:
         self._filled.synchronize()  # the last step's copy has left the staging memory
-        self._inputs[size].fill(
-            step, self._rows.tokens.shape[1], self._rows.max_rows, self._kv.scratch_page
+        width = self._rows.tokens.shape[1]
+        self._inputs[key.form, key.size].fill(
+            step, width, self._rows.max_rows, self._kv.scratch_page
         )
         self._filled.record()
+        key.form.prepare(step)
 
-    def _graph(self, size: int, rank: int) -> _Captured:
-        key = (size, rank)
+    def _graph(self, key: _Key) -> _Captured:
         if key not in self._captured:
-            self._captured[key] = self._capture(size, rank)
+            self._captured[key] = self._capture(key)
         return self._captured[key]
 
     @torch.inference_mode()
-    def _capture(self, size: int, rank: int) -> _Captured:
-        device = self._rows.device
-        if size not in self._inputs:
-            self._inputs[size] = _Inputs(size, device)
-        self._prepare(size, TokenStep.empty(rank))
-        self._compute(size, rank)  # what is made on first use is made outside the capture
+    def _capture(self, key: _Key) -> _Captured:
+        device, at = self._rows.device, (key.form, key.size)
+        if at not in self._inputs:
+            self._inputs[at] = key.form.inputs(key.size)
+        inputs = self._inputs[at]
+        self._prepare(key, key.form.padding(key.size, key.rank))
+        lora = LoraBatch.none(device)
+        if key.rank:
+            lora = key.form.lora(inputs, key.rank)
+        self._compute(key.form, inputs, lora)  # what is made on first use is made outside
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         # Other threads may page-lock memory for adapters meanwhile: their calls are not ours.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits, draw = self._compute(size, rank)
+            logits, draw = self._compute(key.form, inputs, lora)
         return _Captured(graph, logits, draw)
 
-    def _compute(self, size: int, rank: int) -> tuple[torch.Tensor, Draw]:
-        inputs = self._inputs[size]
-        tokens = self._rows.tokens.view(-1)
-        lora = _lora(inputs.slots, rank)
+    def _compute(
+        self, form: StepForm, inputs: StepInputs, lora: LoraBatch
+    ) -> tuple[torch.Tensor, Draw]:
+        columns, tokens = inputs.columns, self._rows.tokens.view(-1)
         hidden = self._decoder.forward(
-            tokens[inputs.source],
-            inputs.positions,
-            CapturedBatch(
-                self._kv,
-                inputs.locations,
-                inputs.rows,
-                inputs.positions,
-                inputs.fresh,
-                self._rows.page_table,
-                self._arrived,
-            ),
-            lora,
+            tokens[columns.source], columns.positions, form.paged(inputs), lora
         )
-        logits = self._decoder.head(hidden)
+        logits = self._decoder.head(hidden[columns.drawn])
         if self._decoder.has_plain_logits:
-            draw = Draw(*greedy_kernel(logits.contiguous(), self._arrived))
-        else:
-            draw = greedy(self._decoder.finish_logits(logits))
-        tokens.index_copy_(0, inputs.target, draw.tokens.clamp(min=0))
+            found = greedy_kernel(logits.contiguous(), self._arrived, tokens, columns.target)
+            return logits, Draw(*found)
+        draw = greedy(self._decoder.finish_logits(logits))
+        tokens.index_copy_(0, columns.target, draw.tokens.clamp(min=0))
         return logits, draw
-
-
-def _lora(slots: torch.Tensor, rank: int) -> LoraBatch:
-    return LoraBatch.captured(slots, rank) if rank else LoraBatch.none(slots.device)
-
-
-def token_counts(largest: int) -> list[int]:
-    """The captured sizes: dense where a token more costs most, then in steps of 8, 16 and 32."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, largest + 1, 32)]
-    return [n for n in sizes if n <= largest]
 
 
 def rank_class(max_rank: int) -> int:

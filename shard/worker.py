@@ -19,9 +19,10 @@ from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.sampling import LOWEST_LOGPROB, Draw, is_greedy, sample, top_logprobs
-from lorafleet.shard.step_graphs import MAX_TOKENS, StepGraphs
+from lorafleet.shard.step_forms import MAX_STEP_TOKENS
+from lorafleet.shard.step_graphs import StepGraphs
 from lorafleet.shard.streams import StepStream
-from lorafleet.shard.token_step import reads_little, token_step
+from lorafleet.shard.token_step import token_step
 from lorafleet.shard.transfers import to_device, to_host
 
 log = logging.getLogger(__name__)
@@ -147,9 +148,11 @@ class Worker:
     def _compute(self, plan: StepPlan, launched: Launched) -> None:
         self._adapters.wait({slot for slot in plan.slots if slot})
         graphs = self._fast.graphs
-        if graphs is not None and self._can_replay(plan):
-            self._replay(plan, graphs, launched)
-            return
+        if graphs is not None and self._is_plain(plan):
+            step = token_step(plan, self._rows, self._max_rank(plan))
+            if graphs.fits(step):
+                self._answer_replayed(plan, *graphs.run(step), launched)
+                return
         batch = build_batch(
             plan, self._rows, self._pool, self._max_rank(plan), self._fast.attention
         )
@@ -163,35 +166,31 @@ class Worker:
     def _max_rank(self, plan: StepPlan) -> int:
         return max(map(self._adapters.rank, plan.slots))
 
-    def _can_replay(self, plan: StepPlan) -> bool:
+    def _is_plain(self, plan: StepPlan) -> bool:
         """Whether a captured graph computes all that the plan asks for."""
         prompts = [self._rows.sampling[row] for row in plan.rows[: plan.num_prefills]]
         return (
-            sum(plan.token_counts) <= MAX_TOKENS
-            and reads_little(plan)
+            sum(plan.token_counts) <= MAX_STEP_TOKENS
             and not any(params.prompt_logprobs for params in prompts)
             # A graph holds the sites' work and nothing of parts.
             and not any(map(self._adapters.parts, plan.slots))
         )
 
-    def _replay(self, plan: StepPlan, graphs: StepGraphs, launched: Launched) -> None:
-        """A step of few tokens, as a captured graph."""
-        step = token_step(plan, self._rows, self._max_rank(plan))
-        raw, draw = graphs.run(step)
-        drawing = [i for i, samples in enumerate(plan.samples) if samples]
-        if not drawing:
+    def _answer_replayed(
+        self, plan: StepPlan, raw: torch.Tensor, draw: Draw, launched: Launched
+    ) -> None:
+        """Results of a step's graph: of the rows that sample, as it chose or as they ask for."""
+        sampling = [i for i, samples in enumerate(plan.samples) if samples]
+        if not sampling:
             return
-        if len(drawing) < len(step.rows):
-            picked = to_device(step.draws.nonzero().squeeze(1), raw.device)
-            raw, draw = raw[picked], Draw(draw.tokens[picked], draw.logprobs[picked])
-        rows = [plan.rows[i] for i in drawing]
+        rows = [plan.rows[i] for i in sampling]
         params = [self._rows.sampling[row] for row in rows]
         if all(is_greedy(p) and not p.num_top_logprobs for p in params):
             launched.columns |= {"tokens": to_host(draw.tokens), "logprobs": to_host(draw.logprobs)}
             return
         logits = self._decoder.finish_logits(raw)
         if not all(map(is_greedy, params)):
-            positions = [plan.first_positions[i] + plan.token_counts[i] for i in drawing]
+            positions = [plan.first_positions[i] + plan.token_counts[i] for i in sampling]
             draw = self._draw(logits, rows, positions)
         launched.columns |= self._answer(logits, draw, rows)
 

@@ -18,7 +18,6 @@ _MAX_HIDDEN = 16384  # a block holds a row
 _MAX_PENDING_HIDDEN = 8192
 # A block reads all of a row's B: beyond, the expand's many blocks are faster than one launch less.
 _MAX_PENDING_RANK = 16
-_MAX_TILED_RANK = 64
 _MAX_HEAD_DIM = 256  # a warp holds a head
 _TILE_OUTS = 128  # of long segments; whole heads
 
@@ -30,11 +29,13 @@ def norms(x: torch.Tensor) -> bool:
 
 def norms_pending(x: torch.Tensor, pending: Pending) -> bool:
     """Whether `rms_norm` adds what is pending, and is the faster for it."""
-    if not norms(x) or x.shape[1] > _MAX_PENDING_HIDDEN:
-        return False
-    if pending.is_tiled:
-        return pending.max_rank <= _MAX_TILED_RANK
-    return pending.max_rank <= _MAX_PENDING_RANK and stream.is_hopper(x.device)
+    return (
+        norms(x)
+        and not pending.is_tiled
+        and x.shape[1] <= _MAX_PENDING_HIDDEN
+        and pending.max_rank <= _MAX_PENDING_RANK
+        and stream.is_hopper(x.device)
+    )
 
 
 def multiplies(gate_up: torch.Tensor) -> bool:

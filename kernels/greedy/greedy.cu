@@ -5,7 +5,8 @@ namespace lorafleet {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kChunk = kThreads * 8 * 2;  // logits of one block
+constexpr int kVecs = 8;  // of 8 logits, of a thread
+constexpr int kChunk = kThreads * kWide * kVecs;  // logits of one block
 
 struct Best {
   float value;
@@ -16,10 +17,10 @@ struct Best {
 // Of equal logits the first; NaN in either stays in the total.
 __device__ Best merge(const Best& a, const Best& b) {
   const bool second = b.value > a.value || (b.value == a.value && b.index < a.index);
-  const Best& win = second ? b : a;
-  const Best& lose = second ? a : b;
-  const float rest = lose.total == 0.f ? 0.f : lose.total * __expf(lose.value - win.value);
-  return {win.value, win.index, win.total + rest};
+  const float value = second ? b.value : a.value, less = second ? a.value : b.value;
+  const float total = second ? b.total : a.total, rest = second ? a.total : b.total;
+  return {value, second ? b.index : a.index,
+          total + (rest == 0.f ? 0.f : rest * __expf(less - value))};
 }
 
 __device__ Best merge_block(Best mine) {
@@ -42,25 +43,38 @@ __device__ Best merge_block(Best mine) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     greedy_kernel(int64_t* tokens, float* logprobs, Best* partial, int* arrived, const T* logits,
-                  int vocab) {
+                  int vocab, int64_t* table, const int64_t* places) {
   const int64_t row = blockIdx.y;
   const T* from = logits + row * vocab;
   const int begin = blockIdx.x * kChunk, end = min(begin + kChunk, vocab);
-  float x[16];
+  const bool is_aligned = vocab % kWide == 0;
+  const auto load = [&](int at) {
+    if (is_aligned && at < end) return Vec<T>::load(from + at);
+    Vec<T> x;
+#pragma unroll
+    for (int j = 0; j < kWide; ++j)
+      x.x[j] = at + j < end ? Pair<T>::widen(from[at + j]) : -INFINITY;
+    return x;
+  };
   Best mine = {-INFINITY, 0x7fffffff, 0.f};
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const int at = begin + i * kThreads + threadIdx.x;
-    x[i] = at < end ? Pair<T>::widen(from[at]) : -INFINITY;
-    if (x[i] > mine.value) {
-      mine.value = x[i];
-      mine.index = at;
+  for (int i = 0; i < kVecs; ++i) {
+    const int at = begin + (i * kThreads + threadIdx.x) * kWide;
+    const Vec<T> x = load(at);
+#pragma unroll
+    for (int j = 0; j < kWide; ++j) {
+      if (x.x[j] > mine.value) {
+        mine.value = x.x[j];
+        mine.index = at + j;
+      }
     }
   }
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const int at = begin + i * kThreads + threadIdx.x;
-    if (at < end) mine.total += __expf(x[i] - mine.value);
+  for (int i = 0; i < kVecs; ++i) {  // again, from the nearest cache
+    const Vec<T> x = load(begin + (i * kThreads + threadIdx.x) * kWide);
+#pragma unroll
+    for (int j = 0; j < kWide; ++j)
+      mine.total += x.x[j] == -INFINITY ? 0.f : __expf(x.x[j] - mine.value);
   }
   mine = merge_block(mine);
   __shared__ bool is_last;
@@ -83,6 +97,7 @@ __global__ void __launch_bounds__(kThreads)
     const float spread = logf(all.total);  // the best logit less the sum's logarithm
     const bool is_finite = isfinite(all.value) && isfinite(spread);
     tokens[row] = is_finite ? all.index : -1;
+    table[places[row]] = is_finite ? all.index : 0;
     logprobs[row] = -spread;
   }
 }
@@ -94,14 +109,16 @@ using namespace lorafleet;
 
 extern "C" int lorafleet_greedy(int is_half, int64_t* tokens, float* logprobs, void* partial,
                                 int* arrived, const void* logits, int rows, int vocab,
-                                cudaStream_t stream) {
+                                int64_t* table, const int64_t* places, cudaStream_t stream) {
   const dim3 grid((vocab + kChunk - 1) / kChunk, rows);
   Best* best = static_cast<Best*>(partial);
   if (is_half)
     greedy_kernel<<<grid, kThreads, 0, stream>>>(tokens, logprobs, best, arrived,
-                                                 static_cast<const __half*>(logits), vocab);
+                                                 static_cast<const __half*>(logits), vocab,
+                                                 table, places);
   else
     greedy_kernel<<<grid, kThreads, 0, stream>>>(
-        tokens, logprobs, best, arrived, static_cast<const __nv_bfloat16*>(logits), vocab);
+        tokens, logprobs, best, arrived, static_cast<const __nv_bfloat16*>(logits), vocab, table,
+        places);
   return cudaGetLastError();
 }

@@ -9,7 +9,7 @@ Arguments:
     row_slots  int32 [num_tokens]; equal slots side by side share the loads of their weights. The
                kernels may read them, and the table, before the kernel in front has ended: they are
                written by something that another, ordinary operation has waited for.
-    tiles      int32 [num_tiles, 3]: slot, first token, end; at most TILE_TOKENS tokens each.
+    tiles      int32 [num_tiles, 3]: slot, first token, end; up to TILE_TOKENS tokens each.
     max_rank   at least the rank of every target of every slot in use, 1 .. 512.
 """
 
@@ -171,8 +171,9 @@ def shrink_tiles(
     """
     num_tokens = len(x)
     capacity = -(-max_rank * len(site.out_splits) // _PIECE) * _PIECE
-    items = len(tiles) * -(-capacity // TILE_TOKENS)
-    splits = max(1, min(site.in_features // _MIN_SPLIT, _WAVE_ITEMS // items))
+    # Full tiles alone would do with few splits, but of a captured step's tiles most may be empty.
+    full = -(-num_tokens // TILE_TOKENS) * -(-capacity // TILE_TOKENS)
+    splits = max(1, min(site.in_features // _MIN_SPLIT, _WAVE_ITEMS // full))
     partial = x.new_empty(splits, num_tokens, capacity, dtype=torch.float32)
     shrunk = ShrunkTiles(x.new_empty(num_tokens, capacity), tiles, max_rank)
     work = pending_arguments(shrunk, site, row_slots)

@@ -64,6 +64,7 @@ class LoraBatch:
     segments: tuple[Segment, ...]
     max_rank: int = 0
     is_captured: bool = False  # row_slots is read when the graph is replayed; no segments are known
+    captured_tiles: torch.Tensor | None = None  # read then as well
 
     @classmethod
     def none(cls, device: torch.device) -> Self:
@@ -71,9 +72,15 @@ class LoraBatch:
         return cls(torch.empty(0, dtype=torch.int32, device=device), ())
 
     @classmethod
-    def captured(cls, row_slots: torch.Tensor, max_rank: int) -> Self:
-        """One token a row, of any slots whose ranks are `max_rank` or less."""
-        return cls(row_slots, (), max_rank, is_captured=True)
+    def captured(
+        cls, row_slots: torch.Tensor, max_rank: int, tiles: torch.Tensor | None = None
+    ) -> Self:
+        """Tokens of any slots whose ranks are `max_rank` or less.
+
+        `tiles`: int32 [num_tiles, 3] on the device as `cuda.tiles_of` cuts them, empty ones last;
+        without, the decode form of the kernels serves them.
+        """
+        return cls(row_slots, (), max_rank, is_captured=True, captured_tiles=tiles)
 
     @property
     def is_empty(self) -> bool:
@@ -83,12 +90,16 @@ class LoraBatch:
     @cached_property
     def is_decode(self) -> bool:
         """Whether the decode form of the CUDA kernels suits the batch."""
+        if self.captured_tiles is not None:
+            return False
         longest = max((stop - start for _, start, stop in self.segments), default=1)
         return len(self.row_slots) <= _MAX_DECODE_TOKENS and longest <= _MAX_DECODE_SEGMENT
 
     @cached_property
     def tiles(self) -> torch.Tensor:
         """All tokens as the prefill form of the CUDA kernels takes them, on the device."""
+        if self.captured_tiles is not None:
+            return self.captured_tiles
         tiles = cuda.tiles_of(self.segments, len(self.row_slots)).pin_memory()
         return tiles.to(self.row_slots.device, non_blocking=True)
 

@@ -58,7 +58,7 @@ def build(directory: Path, adapters: Path, with_graphs: bool) -> Worker:
             tier.begin_move(packed, slot, offset)
         offset += packed.nbytes
     attention = FlashAttention(pool, decoder.attention_kinds, part.local_heads)
-    graphs = StepGraphs(decoder, rows, pool) if with_graphs else None
+    graphs = StepGraphs(decoder, rows, pool, attention) if with_graphs else None
     return Worker(decoder, rows, pool, tier, Mock(), True, FastPath(attention, graphs))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from lorafleet.shard.step_graphs import RANK_CLASSES, rank_class, token_counts
+from lorafleet.shard.step_forms import token_counts
+from lorafleet.shard.step_graphs import RANK_CLASSES, rank_class
 
 
 def test_token_counts_rise_to_the_largest_and_pad_little() -> None:
     sizes = token_counts(256)
-    assert sizes == sorted(set(sizes))
+    assert list(sizes) == sorted(set(sizes))
     assert sizes[0] == 1
     assert sizes[-1] == 256
     for rows in range(1, 257):

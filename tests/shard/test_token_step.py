@@ -6,7 +6,7 @@ import torch
 
 from lorafleet.proto.messages import SamplingParams, SequenceStart, StepPlan
 from lorafleet.shard.rows import RowTable
-from lorafleet.shard.token_step import reads_little, token_step
+from lorafleet.shard.token_step import suits_decode, token_step
 
 
 def mixed_plan() -> StepPlan:
@@ -29,16 +29,16 @@ def test_every_token_has_its_row_place_and_slot() -> None:
     assert step.positions.tolist() == [14, 15, 16, 17, 0, 1, 2, 20]
     assert step.slots.tolist() == [0, 0, 0, 0, 5, 5, 5, 7]
     assert step.locations.tolist() == [158, 159, 64, 65, 96, 97, 98, 8 * 16 + 4]
-    assert step.draws.tolist() == [False] * 6 + [True, True]
+    assert step.drawn.tolist() == [6, 7]
     assert step.has_prompts
     assert step.max_rank == 8
 
 
 def test_long_rows_are_left_to_an_attention_that_shares_its_reads() -> None:
-    assert reads_little(mixed_plan())
+    assert suits_decode(mixed_plan())
     chunk = StepPlan(1, num_prefills=1, rows=[0], first_positions=[0], token_counts=[256])
-    assert reads_little(chunk)
+    assert suits_decode(chunk)
     chunk.first_positions = [1000]
-    assert not reads_little(chunk)
+    assert not suits_decode(chunk)
     chunk.num_prefills = 0  # decoded rows share nothing
-    assert reads_little(chunk)
+    assert suits_decode(chunk)

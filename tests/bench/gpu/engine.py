@@ -68,7 +68,9 @@ class Engine:
             attention = FlashAttention(pool, decoder.attention_kinds, shape.heads)
         elif ON_CUDA:
             print("FlashInfer is not installed: prompts attend in plain torch", flush=True)
-        graphs = StepGraphs(decoder, rows, pool) if StepGraphs.supports(decoder) else None
+        graphs = None
+        if StepGraphs.supports(decoder):
+            graphs = StepGraphs(decoder, rows, pool, attention)
         # No adapter is fetched here: moves go to the tier directly.
         worker = Worker(
             decoder, rows, pool, tier, Mock(), answers=False, fast=FastPath(attention, graphs)
