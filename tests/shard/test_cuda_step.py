@@ -4,85 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from lorafleet.cache.adapter_files import read_spec
-from lorafleet.cache.device_tier import DeviceTier
-from lorafleet.cache.host_memory import allocate
-from lorafleet.cache.packed_form import plan_form
-from lorafleet.cache.packing import pack
 from lorafleet.proto.messages import SamplingParams, SequenceStart, StepPlan
-from lorafleet.shard.checkpoint import Checkpoint
-from lorafleet.shard.flash_attention import FlashAttention
-from lorafleet.shard.group import Group
-from lorafleet.shard.kv_pool import KvPool
-from lorafleet.shard.model import Decoder
-from lorafleet.shard.rows import RowTable
-from lorafleet.shard.step_graphs import StepGraphs
 from lorafleet.shard.streams import StepStream
-from lorafleet.shard.worker import FastPath, Worker
 from tests.checkpoints import RECIPES, make_adapters, make_checkpoint
+from tests.shard.cuda_worker import PROMPT, build, regret, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
-DTYPE = torch.bfloat16
-PROMPT, STEPS = 37, 9
 
-
-def build(directory: Path, adapters: Path, with_graphs: bool) -> Worker:
-    device = torch.device("cuda")
-    if not FlashAttention.supports(DTYPE, device, 64):
-        pytest.skip("needs FlashInfer")
-    decoder = Decoder(AutoConfig.from_pretrained(directory), Group(0, 1, device, ""), DTYPE, device)
-    with Checkpoint(directory) as checkpoint:
-        decoder.load(checkpoint, lambda done, total: None)
-    decoder.optimize(256)
-    rows, part = RowTable(8, 256, device), decoder.partition
-    pool = KvPool(
-        decoder.config.num_hidden_layers, 64, part.local_kv_heads, part.head_dim, DTYPE, device
-    )
-    tier = DeviceTier(8 << 20, len(RECIPES), decoder.layout, DTYPE, device)
-    decoder.attach_adapters(tier)
-    offset = 0
-    for slot, recipe in enumerate(RECIPES, start=1):
-        spec = read_spec(adapters / recipe.name, decoder.layout)
-        ranks = {name: module.rank for name, module in spec.modules.items()}
-        packed = allocate(plan_form(ranks, decoder.layout, DTYPE.itemsize), DTYPE, pin=True)
-        pack(spec, decoder.layout, packed, lambda done: None)
-        with torch.inference_mode():
-            tier.begin_move(packed, slot, offset)
-        offset += packed.nbytes
-    attention = FlashAttention(pool, decoder.attention_kinds, part.local_heads)
-    graphs = StepGraphs(decoder, rows, pool, attention) if with_graphs else None
-    return Worker(decoder, rows, pool, tier, Mock(), True, FastPath(attention, graphs))
-
-
-def run(worker: Worker, slots: list[int], prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy tokens of one row per slot, one step queued behind the other."""
-    count = len(slots)
-    plan = StepPlan(
-        1,
-        starts=[SequenceStart(i, p, PROMPT, SamplingParams()) for i, p in enumerate(prompts)],
-        num_prefills=count, rows=list(range(count)), first_positions=[0] * count,
-        token_counts=[PROMPT] * count, slots=slots, samples=[True] * count,
-        new_page_counts=[3] * count, pages=list(range(3 * count)),
-    )  # fmt: skip
-    found, launched = [], [worker.launch(StepStream(), plan)]
-    for step in range(STEPS):
-        decode = StepPlan(
-            step + 2, rows=list(range(count)), first_positions=[PROMPT + step] * count,
-            token_counts=[1] * count, slots=slots, samples=[True] * count,
-            new_page_counts=[0] * count,
-        )  # fmt: skip
-        launched.append(worker.launch(StepStream(), decode))
-        found.append(worker.finish(launched.pop(0)).tokens)
-    found.append(worker.finish(launched.pop(0)).tokens)
-    return [list(row) for row in zip(*found, strict=True)]
+def folders(path: Path) -> list[Path]:
+    """Of the adapters, in the order of the slots."""
+    return [path / "adapters" / recipe.name for recipe in RECIPES]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "phi3"])
@@ -95,8 +33,8 @@ def test_tokens_are_as_likely_as_pefts(family: str, tmp_path: Path) -> None:
     slots = list(range(1, 9))
     generator = torch.Generator().manual_seed(3)
     prompts = torch.randint(3, 250, (len(slots), PROMPT), generator=generator).tolist()
-    graphs = build(base, tmp_path / "adapters", with_graphs=True)
-    eager = build(base, tmp_path / "adapters", with_graphs=False)
+    graphs = build(base, folders(tmp_path), with_graphs=True)
+    eager = build(base, folders(tmp_path), with_graphs=False)
     tokens = run(graphs, slots, prompts)
     assert tokens == run(graphs, slots, prompts)
     alone = [run(graphs, [s], [p])[0] for s, p in zip(slots, prompts, strict=True)]
@@ -113,7 +51,7 @@ def test_tokens_are_as_likely_as_pefts(family: str, tmp_path: Path) -> None:
 def test_base_rows_and_mixed_batches_of_every_captured_size(tmp_path: Path) -> None:
     base = make_checkpoint("llama", tmp_path / "model", hidden_size=256, head_dim=64)
     make_adapters(base, tmp_path / "adapters")
-    worker = build(base, tmp_path / "adapters", with_graphs=True)
+    worker = build(base, folders(tmp_path), with_graphs=True)
     generator = torch.Generator().manual_seed(4)
     prompts = torch.randint(3, 250, (7, PROMPT), generator=generator).tolist()
     slots = [0, 3, 3, 0, 5, 0, 1]
@@ -129,7 +67,7 @@ def test_prompts_in_pieces_beside_decoding_rows_are_as_likely_as_pefts(tmp_path:
         "llama", tmp_path / "model", hidden_size=256, head_dim=64, initializer_range=0.05
     )
     make_adapters(base, tmp_path / "adapters")
-    worker = build(base, tmp_path / "adapters", with_graphs=True)
+    worker = build(base, folders(tmp_path), with_graphs=True)
     generator = torch.Generator().manual_seed(5)
     prompts = torch.randint(3, 250, (3, PROMPT), generator=generator).tolist()
     slots = [2, 3, 3]
@@ -171,13 +109,3 @@ def test_prompts_in_pieces_beside_decoding_rows_are_as_likely_as_pefts(tmp_path:
         adapted = PeftModel.from_pretrained(model, tmp_path / "adapters" / name)
         assert regret(adapted, prompts[row], tokens) < 0.03, (row, tokens)
         model = adapted.unload()
-
-
-def regret(model: Any, prompt: list[int], drawn: list[int]) -> float:
-    """How much likelier than a drawn token the best one is at most, in deviations of the logits."""
-    with torch.inference_mode():
-        ids = torch.tensor([prompt + drawn], device="cuda")
-        logits = model(ids).logits[0, len(prompt) - 1 : -1]
-    best = logits.max(dim=-1).values
-    lost = best - logits.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
-    return float(lost.max() / logits.std())
