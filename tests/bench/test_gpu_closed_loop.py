@@ -9,7 +9,7 @@ import pytest
 from lorafleet.proto.messages import StepPlan
 from lorafleet.shard.config import PAGE_SIZE
 from lorafleet.shard.worker import Launched
-from tests.bench.gpu import mixed_decode
+from tests.bench.gpu import fidelity, mixed_decode
 from tests.bench.gpu.closed_loop import ClosedLoop
 from tests.bench.gpu.engine import Engine
 from tests.bench.gpu.popularity import punica_requests
@@ -95,3 +95,12 @@ def test_popularities_are_compared_with_the_base_model() -> None:
     distinct = {row["what"]: row["distinct"] for row in rows}
     assert (distinct["base"], distinct["distinct"], distinct["identical"]) == (0, 4, 1)
     assert rows[0]["retention"] == 1
+
+
+def test_fidelity_finds_an_adapter_that_is_not_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {row["what"]: row for row in fidelity.fidelity(TINY, batch=9)}
+    assert rows["base, B=9"]["over_bf16"] < 2
+    assert rows["r16, B=9"]["over_bf16"] < 2
+    dense = fidelity._dense
+    monkeypatch.setattr(fidelity, "_dense", lambda weight: 1.1 * dense(weight))
+    assert fidelity.fidelity(TINY, batch=9)[2]["over_bf16"] > 4

@@ -1,8 +1,9 @@
 """`python -m tests.bench.gpu --out DIR [PART ...]`: tests and benchmarks of one CUDA device.
 
-Parts: tests; linears, lora (kernels); decode, prefill, popularity, e6 (the engine's steps);
-transfers, capacity (adapters on the move, and many); http, tiers (the whole service); peers
-(peft, and the server of --peer-url). decode, prefill and transfers run for every --shape, the
+Parts: tests; fidelity (a large model's log-probabilities beside float32's); linears, lora
+(kernels); decode, prefill, popularity, e6 (the engine's steps); transfers, capacity (adapters on
+the move, and many); http, tiers (the whole service), alone (the engine under the load of http);
+peers (peft, and the server of --peer-url). decode, prefill and transfers run for every --shape, the
 others for the first. `make gpu` installs the checkout beside and calls this. Each part writes
 DIR/PART-SHAPE.json; a table of what DIR holds comes last.
 """

@@ -48,6 +48,14 @@ def _tests(rows: Sequence[Row]) -> Iterator[Line]:
         yield Line(row["what"], "passed" if row["passed"] else "FAILED")
 
 
+def _fidelity(rows: Sequence[Row]) -> Iterator[Line]:
+    for row in rows:
+        target = ""
+        if "over_bf16" in row:
+            target = Target(1.25, at_most=True).judge(row["over_bf16"])
+        yield Line(row["what"], f"{row['rms']:.4f} nats rms, {row['most']:.3f} most", target=target)
+
+
 def _kernels(rows: Sequence[Row]) -> Iterator[Line]:
     for row in rows:
         if row["batch"] in _SHOWN_KERNEL_BATCHES:
@@ -123,8 +131,9 @@ def _streams(row: Row) -> Iterator[Line]:
     gaps = f"{row['inter_token_p50_ms']:.2f} / {row['inter_token_p99_ms']:.2f}"
     yield Line(f"{what}, p50/p99", f"first token {first}, then {gaps} ms")
     if "of_engine" in row:
-        engine = f"{row['engine_step_ms']:.2f} ms"
-        yield Line(f"{what}, engine's step over its p50", engine, None, row["of_engine"])
+        target = Target(0.95, at_most=False).judge(row["of_engine"])
+        alone = f"{row['engine_tokens_per_s']:,.0f} tokens/s"
+        yield Line(f"{what}, engine alone", alone, None, row["of_engine"], target)
 
 
 def _e6(rows: Sequence[Row]) -> Iterator[Line]:
@@ -181,6 +190,7 @@ _PARTS: dict[str, Callable[[Sequence[Row]], Iterator[Line]]] = {
     "prefill": _prefill,
     "transfers": _transfers,
     "capacity": _capacity,
+    "fidelity": _fidelity,
     "http": _http,
     "e6": _e6,
     "popularity": _popularity,

@@ -17,12 +17,6 @@ from tests.bench.gpu.shapes import Shape
 from tests.bench.gpu.streams import Load, describe, line, send
 
 RANK = 16
-# What the engine's own report calls the same batch.
-_ENGINE_ROWS = {
-    "base": "base",
-    "one shared r16": "one shared r16",
-    "32 adapters r16": "32 distinct r16",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +75,15 @@ def _warm_up(server: Server, adapters: Sequence[str], load: Load) -> list[Outcom
 
 
 def _beside(row: Row, before: Sequence[Row], shape: Shape, out: Path) -> Row:
-    """Retention of this server's base-only throughput; the engine's step over the gap here."""
+    """Retention of this server's base-only throughput; the share of what the engine does alone."""
     beside: Row = {}
     base = next((each for each in before if each["what"] == "base"), None)
     if base is not None:
         beside["retention"] = row["tokens_per_s"] / base["tokens_per_s"]
     engine = find_row(
-        read_reports(out), "decode", shape.name,
-        what=_ENGINE_ROWS.get(row["what"]), batch=row["streams"],
-    )  # fmt: skip
+        read_reports(out), "alone", shape.name, what=row["what"], streams=row["streams"]
+    )
     if engine is not None:
-        beside["engine_step_ms"] = engine["step_ms"]
         beside["engine_tokens_per_s"] = engine["tokens_per_s"]
-        beside["of_engine"] = engine["step_ms"] / row["inter_token_p50_ms"]
+        beside["of_engine"] = row["tokens_per_s"] / engine["tokens_per_s"]
     return beside

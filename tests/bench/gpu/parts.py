@@ -11,10 +11,12 @@ from pathlib import Path
 
 from tests.bench.gpu import (
     cold_tiers,
+    fidelity,
     kernels,
     mixed_decode,
     over_http,
     peers,
+    same_load,
     step,
     tiers,
 )
@@ -68,12 +70,14 @@ def _peers(shape: Shape, options: Options) -> list[Row]:
 
 PARTS: dict[str, Part] = {
     "tests": Part(_tests, needs=("pytest",)),
+    "fidelity": Part(lambda shape, options: fidelity.fidelity(shape)),
     "linears": Part(lambda shape, options: kernels.linears()),
     "lora": Part(lambda shape, options: kernels.lora()),
     "decode": Part(lambda shape, options: step.decode(shape.name), per_shape=True),
     "prefill": Part(lambda shape, options: step.prefill(shape.name), per_shape=True),
     "transfers": Part(lambda shape, options: tiers.transfers(shape.name), per_shape=True),
     "capacity": Part(lambda shape, options: tiers.capacity(shape.name)),
+    "alone": Part(lambda shape, options: same_load.engine_alone(shape)),
     "http": Part(lambda shape, options: over_http.over_http(shape, options.out), needs=_SERVICE),
     "e6": Part(lambda shape, options: mixed_decode.over_adapters(shape, options.e6_tokens)),
     "popularity": Part(lambda shape, options: mixed_decode.popularity(shape)),
