@@ -88,7 +88,8 @@ def _dense(weight: torch.Tensor) -> torch.Tensor:
 def _logprobs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Of the tokens that the engine drew while decoding."""
     logits = model(ids[None, :-1], logits_to_keep=STEPS).logits[0].float()
-    return logits.log_softmax(-1).gather(1, ids[-STEPS:, None]).squeeze(1).cpu()
+    logprobs: torch.Tensor = logits.log_softmax(-1).gather(1, ids[-STEPS:, None])
+    return logprobs.squeeze(1).cpu()
 
 
 def _far(found: torch.Tensor, expected: torch.Tensor) -> Row:
