@@ -48,8 +48,10 @@ class ShardConfig:
         "KV cache bytes per shard; 0 = 1GiB on CPU, on CUDA what cuda_memory_fraction leaves",
     )
     cuda_memory_fraction: float = flag(0.9, "share of a CUDA device's memory to use")
-    cuda_graphs: bool = flag(
-        True, "on CUDA, replay decode steps as captured graphs; false = launch every kernel"
+    cuda_graph_tokens: int = flag(
+        256,
+        "on CUDA, replay steps of up to so many tokens as captured graphs; 0 = launch every "
+        "kernel; beyond 256 with FlashInfer only",
     )
     max_active_adapters: int = flag(1024, "adapters that can be on the device at once")
     adapter_device_bytes: Bytes = flag(
@@ -112,6 +114,7 @@ class ShardConfig:
         check_range("max_batch_prefill_tokens", self.max_batch_prefill_tokens, 1, 1 << 20)
         check_range("max_active_adapters", self.max_active_adapters, 1, 1 << 16)
         check_range("cuda_memory_fraction", self.cuda_memory_fraction, 0.05, 1.0)
+        check_range("cuda_graph_tokens", self.cuda_graph_tokens, 0, 1024)
         check_range("kv_pages", self.kv_pages, 0, 1 << 31)
         check_range("max_total_tokens", self.max_total_tokens, 0, 1 << 31)
         check_range("adapter_archive_bytes", self.adapter_archive_bytes, 1, 1 << 50)

@@ -100,8 +100,8 @@ def _fast_path(config: ShardConfig, decoder: Decoder, rows: RowTable, pool: KvPo
         attention = FlashAttention(pool, decoder.attention_kinds, part.local_heads)
     elif decoder.device.type == "cuda":
         log.warning("prompts attend in plain torch: FlashInfer is missing or has no kernels for it")
-    if config.cuda_graphs and StepGraphs.supports(decoder):
-        graphs = StepGraphs(decoder, rows, pool, attention)
+    if config.cuda_graph_tokens and StepGraphs.supports(decoder):
+        graphs = StepGraphs(decoder, rows, pool, attention, config.cuda_graph_tokens)
         graphs.capture_all()
     return FastPath(attention, graphs)
 

@@ -19,7 +19,6 @@ from lorafleet.shard.token_step import MAX_DECODE_TOKENS, Prompts, TokenStep
 
 _MAX_SEGMENTS = 64  # of a step with prompts: each costs a tile, and a graph launches all it has
 _PROMPT_SIZES = (128, 256, 384, 512, 640, 768, 896, 1024)
-MAX_STEP_TOKENS = _PROMPT_SIZES[-1]  # more keep a device busy by themselves
 
 
 class StepForm(Protocol):
@@ -69,10 +68,12 @@ class _DecodeBatch:
 class DecodeForm:
     """Every token a row of decode attention."""
 
-    def __init__(self, rows: RowTable, pool: KvPool, arrived: torch.Tensor) -> None:
+    def __init__(
+        self, rows: RowTable, pool: KvPool, arrived: torch.Tensor, max_tokens: int
+    ) -> None:
         """`arrived`: as decode_attention takes it, for the largest size."""
         self._rows, self._kv, self._arrived = rows, pool, arrived
-        self.sizes = token_counts(MAX_DECODE_TOKENS)
+        self.sizes = token_counts(min(max_tokens, MAX_DECODE_TOKENS))
 
     def inputs(self, size: int) -> StepInputs:
         """New buffers."""
@@ -97,9 +98,9 @@ class DecodeForm:
 class PromptForm:
     """Prompts' tokens share the reads of their keys; LoRA takes tiles."""
 
-    def __init__(self, rows: RowTable, flash: CapturedFlash) -> None:
+    def __init__(self, rows: RowTable, flash: CapturedFlash, max_tokens: int) -> None:
         self._rows, self._flash = rows, flash
-        self.sizes = _PROMPT_SIZES
+        self.sizes = tuple(size for size in _PROMPT_SIZES if size <= max_tokens)
 
     def fits(self, prompts: Prompts, num_tokens: int) -> bool:
         """Whether there is a graph for the step."""

@@ -22,7 +22,7 @@ from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.sampling import Draw, greedy
-from lorafleet.shard.step_forms import MAX_STEP_TOKENS, DecodeForm, PromptForm, StepForm
+from lorafleet.shard.step_forms import DecodeForm, PromptForm, StepForm
 from lorafleet.shard.step_inputs import StepInputs
 from lorafleet.shard.token_step import MAX_DECODE_TOKENS, TokenStep
 
@@ -39,6 +39,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     logits: torch.Tensor
     draw: Draw
+    lora: LoraBatch  # owns counters that the graph's kernels read and write
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +55,28 @@ class StepGraphs:
     """Captures and replays. Belongs to the compute thread."""
 
     def __init__(
-        self, decoder: Decoder, rows: RowTable, pool: KvPool, flash: FlashAttention | None
+        self,
+        decoder: Decoder,
+        rows: RowTable,
+        pool: KvPool,
+        flash: FlashAttention | None,
+        max_tokens: int,
     ) -> None:
-        """Captures nothing yet. Without `flash` there is the decode form only."""
+        """For steps of up to `max_tokens`; captures nothing yet.
+
+        Without `flash`, or up to MAX_DECODE_TOKENS, there is the decode form only.
+        """
         self._decoder, self._rows, self._kv = decoder, rows, pool
+        self.max_tokens = max_tokens
         self._pool = torch.cuda.graph_pool_handle()
         units = MAX_DECODE_TOKENS * decoder.partition.local_kv_heads
         self._arrived = torch.zeros(units, dtype=torch.int32, device=rows.device)
-        self._decodes = DecodeForm(rows, pool, self._arrived)
+        self._decodes = DecodeForm(rows, pool, self._arrived, max_tokens)
         self._prompts: PromptForm | None = None
-        if flash is not None:
+        if flash is not None and max_tokens > MAX_DECODE_TOKENS:
             max_rows, max_pages = min(rows.max_rows, _MAX_FLASH_ROWS), rows.page_table.shape[1]
-            captured = CapturedFlash(flash, MAX_STEP_TOKENS, max_rows, max_pages)
-            self._prompts = PromptForm(rows, captured)
+            captured = CapturedFlash(flash, max_tokens, max_rows, max_pages)
+            self._prompts = PromptForm(rows, captured, max_tokens)
         self._inputs: dict[tuple[StepForm, int], StepInputs] = {}
         self._captured: dict[_Key, _Captured] = {}
         self._filled = torch.cuda.Event()
@@ -102,7 +112,7 @@ class StepGraphs:
     def fits(self, step: TokenStep) -> bool:
         """Whether the step can be replayed."""
         if step.prompts is None:
-            return True
+            return len(step.rows) <= self._decodes.sizes[-1]
         return self._prompts is not None and self._prompts.fits(step.prompts, len(step.rows))
 
     @torch.inference_mode()
@@ -164,7 +174,7 @@ class StepGraphs:
         # Other threads may page-lock memory for adapters meanwhile: their calls are not ours.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits, draw = self._compute(key.form, inputs, lora)
-        return _Captured(graph, logits, draw)
+        return _Captured(graph, logits, draw, lora)
 
     def _compute(
         self, form: StepForm, inputs: StepInputs, lora: LoraBatch

@@ -19,7 +19,6 @@ from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.sampling import LOWEST_LOGPROB, Draw, is_greedy, sample, top_logprobs
-from lorafleet.shard.step_forms import MAX_STEP_TOKENS
 from lorafleet.shard.step_graphs import StepGraphs
 from lorafleet.shard.streams import StepStream
 from lorafleet.shard.token_step import token_step
@@ -148,7 +147,7 @@ class Worker:
     def _compute(self, plan: StepPlan, launched: Launched) -> None:
         self._adapters.wait({slot for slot in plan.slots if slot})
         graphs = self._fast.graphs
-        if graphs is not None and self._is_plain(plan):
+        if graphs is not None and self._is_plain(plan, graphs.max_tokens):
             step = token_step(plan, self._rows, self._max_rank(plan))
             if graphs.fits(step):
                 self._answer_replayed(plan, *graphs.run(step), launched)
@@ -166,11 +165,11 @@ class Worker:
     def _max_rank(self, plan: StepPlan) -> int:
         return max(map(self._adapters.rank, plan.slots))
 
-    def _is_plain(self, plan: StepPlan) -> bool:
-        """Whether a captured graph computes all that the plan asks for."""
+    def _is_plain(self, plan: StepPlan, max_tokens: int) -> bool:
+        """Whether a captured graph of so many tokens may compute all that the plan asks for."""
         prompts = [self._rows.sampling[row] for row in plan.rows[: plan.num_prefills]]
         return (
-            sum(plan.token_counts) <= MAX_STEP_TOKENS
+            sum(plan.token_counts) <= max_tokens
             and not any(params.prompt_logprobs for params in prompts)
             # A graph holds the sites' work and nothing of parts.
             and not any(map(self._adapters.parts, plan.slots))

@@ -57,7 +57,7 @@ def build(directory: Path, adapters: Sequence[Path], with_graphs: bool) -> Worke
     attention = FlashAttention(pool, decoder.attention_kinds, part.local_heads)
     graphs = None
     if with_graphs and StepGraphs.supports(decoder):
-        graphs = StepGraphs(decoder, rows, pool, attention)
+        graphs = StepGraphs(decoder, rows, pool, attention, 1024)
     return Worker(decoder, rows, pool, tier, Mock(), True, FastPath(attention, graphs))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from lorafleet.proto.messages import SamplingParams, SequenceStart, StepPlan
 from lorafleet.shard.streams import StepStream
 from tests.checkpoints import RECIPES, make_adapters, make_checkpoint
 from tests.shard.cuda_worker import PROMPT, build, regret, run
+
+SIZES = [2**power for power in range(4, 20) for _ in range(40)]  # of free blocks, in numbers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -109,3 +112,18 @@ def test_prompts_in_pieces_beside_decoding_rows_are_as_likely_as_pefts(tmp_path:
         adapted = PeftModel.from_pretrained(model, tmp_path / "adapters" / name)
         assert regret(adapted, prompts[row], tokens) < 0.03, (row, tokens)
         model = adapted.unload()
+
+
+def test_a_graph_owns_what_it_writes(tmp_path: Path) -> None:
+    """Memory that is free once all is captured belongs to others, who may fill it."""
+    base = make_checkpoint("llama", tmp_path / "model", hidden_size=256, head_dim=64)
+    make_adapters(base, tmp_path / "adapters")
+    worker = build(base, folders(tmp_path), with_graphs=True)
+    generator = torch.Generator().manual_seed(7)
+    prompts = torch.randint(3, 250, (8, PROMPT), generator=generator).tolist()
+    slots = list(range(1, 9))
+    fresh = run(worker, slots, prompts)
+    gc.collect()
+    taken = [torch.full((size,), 77, dtype=torch.int32, device="cuda") for size in SIZES]
+    assert run(worker, slots, prompts) == fresh
+    assert all(bool((each == 77).all()) for each in taken)

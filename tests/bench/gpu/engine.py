@@ -31,6 +31,8 @@ from lorafleet.shard.worker import FastPath, Launched, Worker
 from tests.bench.gpu.device import DEVICE, ON_CUDA, synchronize
 from tests.bench.gpu.shapes import ALL_LINEAR, Shape
 
+GRAPH_TOKENS = 256  # --cuda-graph-tokens, as served by default
+
 
 @dataclass
 class Engine:
@@ -70,7 +72,7 @@ class Engine:
             print("FlashInfer is not installed: prompts attend in plain torch", flush=True)
         graphs = None
         if StepGraphs.supports(decoder):
-            graphs = StepGraphs(decoder, rows, pool, attention)
+            graphs = StepGraphs(decoder, rows, pool, attention, GRAPH_TOKENS)
         # No adapter is fetched here: moves go to the tier directly.
         worker = Worker(
             decoder, rows, pool, tier, Mock(), answers=False, fast=FastPath(attention, graphs)
