@@ -16,8 +16,10 @@ from tests.bench.gpu.reports import Row
 from tests.bench.gpu.server import Server
 from tests.bench.gpu.streams import Load, connection
 
-# Random weights give near ties, which rounding in another batch may turn around.
-TIE_NATS = 0.25
+# Random weights give near ties, which rounding in another batch may turn around: in bf16 each of
+# the two tokens' log-probabilities is 0.08 nats from float32's, root mean square, in each of the
+# two batches (the part fidelity), their difference 0.17. Three times that.
+TIE_NATS = 0.5
 _LIKELY = 5  # tokens that may be tied
 _COMPARED = 64  # tokens of an answer that are generated again, alone
 _OF_BASE = 8  # tokens of the base model's answer
