@@ -17,7 +17,6 @@ from lorafleet.shard.rows import RowTable
 from lorafleet.shard.step_inputs import StepInputs
 from lorafleet.shard.token_step import MAX_DECODE_TOKENS, Prompts, TokenStep
 
-_MAX_SEGMENTS = 64  # of a step with prompts: each costs a tile, and a graph launches all it has
 _PROMPT_SIZES = (128, 256, 384, 512, 640, 768, 896, 1024)
 
 
@@ -104,17 +103,13 @@ class PromptForm:
 
     def fits(self, prompts: Prompts, num_tokens: int) -> bool:
         """Whether there is a graph for the step."""
-        return (
-            num_tokens <= self.sizes[-1]
-            and len(prompts.rows.lengths) <= self._flash.max_rows
-            and len(prompts.rows.lengths) <= _MAX_SEGMENTS
-        )
+        return num_tokens <= self.sizes[-1] and len(prompts.rows.lengths) <= self._flash.max_rows
 
     def inputs(self, size: int) -> StepInputs:
         """New buffers."""
         draws = min(size, self._rows.max_rows)
-        # Each segment ends in a tile that may not be full, and so may the padding.
-        tiles = size // TILE_TOKENS + _MAX_SEGMENTS + 1
+        # Each row's run of tokens ends in a tile that may not be full, and so may the padding.
+        tiles = size // TILE_TOKENS + self._flash.max_rows + 1
         return StepInputs(size, draws, tiles, self._rows.device)
 
     def padding(self, size: int, max_rank: int) -> TokenStep:

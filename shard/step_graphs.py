@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 # Largest rank of an adapter in the step: the grids of the LoRA kernels are captured for it.
 RANK_CLASSES = (16, 64, 512)
 _NO_LORA = 0
-_MAX_FLASH_ROWS = 64
+_MAX_FLASH_ROWS = 64  # of a step with prompts: each costs a tile, and a graph launches all it has
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ import torch
 
 from lorafleet.kernels.build import bind
 from lorafleet.kernels.linear import cuda as stream
-from lorafleet.kernels.lora.weights import SiteWeights
+from lorafleet.kernels.lora.weights import SiteArguments, SiteWeights
 
 TILE_TOKENS = 64
 MAX_SITE_TARGETS = 3
@@ -80,23 +80,11 @@ def expand_(y: torch.Tensor, shrunk: Shrunk, site: SiteWeights, row_slots: torch
     )  # fmt: skip
 
 
-class _Site(Structure):
-    """`Site` of site.cuh."""
-
-    _fields_ = (
-        ("arena", c_void_p),
-        ("table", c_void_p),
-        ("stride", c_int64),
-        ("in_features", c_int),
-        ("outs", c_int * 3),
-    )
-
-
 class _Shrink(Structure):
     """`Shrink` of shrink.cuh."""
 
     _fields_ = (
-        ("site", _Site),
+        ("site", SiteArguments),
         ("row_slots", c_void_p),
         ("partial", c_void_p),
         ("num_tokens", c_int),
@@ -109,7 +97,7 @@ class PendingArguments(Structure):
     """`Pending` of expand.cuh."""
 
     _fields_ = (
-        ("site", _Site),
+        ("site", SiteArguments),
         ("capacity", c_int),
         ("partial", c_void_p),
         ("row_slots", c_void_p),
@@ -125,7 +113,7 @@ def pending_arguments(
     shrunk: Shrunk | ShrunkTiles, site: SiteWeights, row_slots: torch.Tensor
 ) -> PendingArguments:
     """What an expand would add, for a kernel that adds it while it reads the product."""
-    found = PendingArguments(site=_site_arguments(site), row_slots=row_slots.data_ptr())
+    found = PendingArguments(site=site.arguments, row_slots=row_slots.data_ptr())
     if isinstance(shrunk, Shrunk):
         found.partial = shrunk.partial.data_ptr()
         found.splits, found.num_tokens, found.capacity = shrunk.partial.shape
@@ -139,15 +127,8 @@ def pending_arguments(
 def _shrink_arguments(shrunk: Shrunk, site: SiteWeights, row_slots: torch.Tensor) -> _Shrink:
     splits, num_tokens, capacity = shrunk.partial.shape
     return _Shrink(
-        _site_arguments(site), row_slots.data_ptr(), shrunk.partial.data_ptr(), num_tokens,
+        site.arguments, row_slots.data_ptr(), shrunk.partial.data_ptr(), num_tokens,
         capacity, splits,
-    )  # fmt: skip
-
-
-def _site_arguments(site: SiteWeights) -> _Site:
-    return _Site(
-        site.arena.data_ptr(), site.table.data_ptr(), site.table.stride(0), site.in_features,
-        _outs(site),
     )  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import Structure, c_int, c_int64, c_void_p
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,18 @@ class Stack(NamedTuple):
     b: torch.Tensor  # [num_slots, ranks, sum(out_splits)], zero outside a rank's target
     slots: tuple[int, ...]
     rows: tuple[Sequence[int], ...]
+
+
+class SiteArguments(Structure):
+    """`Site` of site.cuh."""
+
+    _fields_ = (
+        ("arena", c_void_p),
+        ("table", c_void_p),
+        ("stride", c_int64),
+        ("in_features", c_int),
+        ("outs", c_int * 3),
+    )
 
 
 class SiteWeights:
@@ -64,6 +78,15 @@ class SiteWeights:
         self._asked: tuple[int, ...] = ()
         self._stack: Stack | None = None
         self._alone: dict[int, Alone] = {}
+
+    @cached_property
+    def arguments(self) -> SiteArguments:
+        """The site as the CUDA kernels are told of it; arena and table keep their addresses."""
+        outs = (*self.out_splits, 0, 0)[:3]
+        return SiteArguments(
+            self.arena.data_ptr(), self.table.data_ptr(), self.table.stride(0), self.in_features,
+            outs,
+        )  # fmt: skip
 
     def alone(self, slot: int) -> Alone:
         """One slot's weights, in a copy that is kept while few slots are asked for."""
