@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -15,9 +17,10 @@ import pytest
 from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
-from tests.cache.archive_cases import FILES
+from tests.cache.archive_cases import FILES, tar_of
 from tests.cache.hub_stand_in import Hub, Repo
 from tests.cache.proxy import Proxy
+from tests.cache.web_server import WebServer
 from tests.checkpoints import RECIPES, make_adapters, make_checkpoint
 from tests.e2e.oracle import Oracle
 from tests.e2e.questions import ids_of
@@ -60,15 +63,39 @@ class Slow:
 
 @pytest.fixture
 def slow(
-    request: pytest.FixtureRequest, made: Made, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Slow]:
     if request.param == "hub":
-        with Hub().serve() as hub:
-            repo = hub.repos[f"owner/{NAME}"] = Repo(made.folder, first_bytes=HALF)
-            repo.gate.clear()
-            monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-            yield Slow("hub", f"owner/{NAME}", (), repo.gate.set)
-        return
+        source = slow_hub(made, monkeypatch)
+    elif request.param == "http":
+        source = slow_archive(made, tmp_path / "web")
+    else:
+        source = slow_s3(made, monkeypatch)
+    with source as found:
+        yield found
+
+
+@contextmanager
+def slow_hub(made: Made, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
+    with Hub().serve() as hub:
+        repo = hub.repos[f"owner/{NAME}"] = Repo(made.folder, first_bytes=HALF)
+        repo.gate.clear()
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        yield Slow("hub", f"owner/{NAME}", (), repo.gate.set)
+
+
+@contextmanager
+def slow_archive(made: Made, root: Path) -> Iterator[Slow]:
+    root.mkdir()
+    files = {name: (made.folder / name).read_bytes() for name in FILES}
+    (root / "a.tar.gz").write_bytes(tar_of(files))
+    with WebServer(root) as web, stalling(web.url) as proxy:
+        flags = (f"--adapter-http-hosts={proxy.host}",)
+        yield Slow("http", f"{proxy.url}/files/a.tar.gz", flags, partial(resume, proxy))
+
+
+@contextmanager
+def slow_s3(made: Made, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
     for name, value in _CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     server = ThreadedMotoServer("127.0.0.1", 0)
@@ -81,15 +108,21 @@ def slow(
     for name in FILES:
         body = (made.folder / name).read_bytes()
         client.put_object(Bucket="adapters", Key=f"team/{NAME}/{name}", Body=body)
+    with stalling(url) as proxy:
+        flags = (f"--adapter-s3-endpoint={proxy.url}",)
+        yield Slow("s3", f"s3://adapters/team/{NAME}", flags, partial(resume, proxy))
+    server.stop()
+
+
+@contextmanager
+def stalling(url: str) -> Iterator[Proxy]:
     with Proxy(url) as proxy:
         proxy.stall_after = HALF
+        yield proxy
 
-        def release() -> None:
-            proxy.stall_after = 0
 
-        flags = (f"--adapter-s3-endpoint={proxy.url}",)
-        yield Slow("s3", f"s3://adapters/team/{NAME}", flags, release)
-    server.stop()
+def resume(proxy: Proxy) -> None:
+    proxy.stall_after = 0
 
 
 _CREDENTIALS = {
@@ -144,7 +177,7 @@ async def interrupted(service: Service, slow: Slow, module: str, when: Callable[
 
 @pytest.mark.parametrize(
     ("slow", "module"),
-    [("hub", "lorafleet.shard"), ("s3", "lorafleet.router")],
+    [("hub", "lorafleet.shard"), ("s3", "lorafleet.router"), ("http", "lorafleet.shard")],
     indirect=["slow"],
 )
 async def test_a_download_is_gone_on_with_and_counted_once(
@@ -153,13 +186,14 @@ async def test_a_download_is_gone_on_with_and_counted_once(
     cache = tmp_path / "cache"
     flags = (f"--adapter-cache-dir={cache}", "--adapter-disk-bytes=1MiB", *slow.flags)
 
-    def has_begun() -> bool:
-        weights = [path for path in cache.rglob(FILES[1]) if path.exists()]
-        return bool(weights) and weights[0].stat().st_size > 0
+    def arrived() -> list[Path]:
+        names = (FILES[1], "archive")
+        found = [path for name in names for path in cache.rglob(name) if path.exists()]
+        return [path for path in found if path.stat().st_size > 0]
 
-    await interrupted(start(made.model, tmp_path, *flags), slow, module, has_begun)
-    left = list(cache.rglob(FILES[1]))
-    assert [path.relative_to(cache).parts[0] for path in left] == [".partial"]
+    service = start(made.model, tmp_path, *flags)
+    await interrupted(service, slow, module, lambda: bool(arrived()))
+    assert [path.relative_to(cache).parts[0] for path in arrived()] == [".partial"]
     slow.release()
     with serve(made.model, tmp_path, *flags) as service:
         assert service.metric("lorafleet_adapter_tier_bytes", tier="disk") == 0
@@ -171,8 +205,9 @@ async def test_a_download_is_gone_on_with_and_counted_once(
         assert service.metric("lorafleet_adapter_tier_bytes", tier="disk") == size_of(made)
 
 
+@pytest.mark.parametrize("module", ["lorafleet.shard", "lorafleet.router"])
 async def test_a_pack_begins_anew_from_what_was_downloaded(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
     flags = (f"--adapter-cache-dir={cache}", "--adapter-disk-bytes=1MiB")
@@ -181,9 +216,7 @@ async def test_a_pack_begins_anew_from_what_was_downloaded(
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         slow = Slow("hub", f"owner/{NAME}", (), lambda: None)
         service = start(made.model, tmp_path, *flags)
-        await interrupted(
-            service, slow, "lorafleet.shard", lambda: bool([*cache.glob("hub/*/download.json")])
-        )
+        await interrupted(service, slow, module, lambda: bool([*cache.glob("hub/*/download.json")]))
         with serve(made.model, tmp_path, *flags) as service:
             assert service.metric("lorafleet_adapter_tier_bytes", tier="disk") == size_of(made)
             async with service.session() as session:
