@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -107,5 +108,5 @@ def test_fetches_rest_between_steps_that_take_the_same_cores(
     service.open(replace(FakeConfig().info(), device=device), store)
     service._read_plans(iter([encode(StepPlan(0, rows=[0]))]), StepStream())
     request = FetchAdapterRequest(AdapterKey("local", "a"), Tier.HOST)
-    assert list(service.FetchAdapter(encode(request), None))[-1].info.digest
+    assert list(service.FetchAdapter(encode(request), Mock()))[-1].info.digest
     assert (machine.now > 0.0) == rests
