@@ -19,6 +19,7 @@ from lorafleet.proto import shard_pb2, shard_pb2_grpc
 from lorafleet.proto.codec import decode, encode
 from lorafleet.proto.messages import FetchAdapterRequest, FetchProgress, ShardInfo, StepPlan
 from lorafleet.shard.background import enter_background
+from lorafleet.shard.pace import Pace
 from lorafleet.shard.streams import StepStream
 
 log = logging.getLogger(__name__)
@@ -43,12 +44,13 @@ _CODES: dict[type[errors.AdapterFault], grpc.StatusCode] = {
 class ShardService(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
     """Serves one rank. Starts before the weights are there and says so until `open` is called."""
 
-    def __init__(self) -> None:
+    def __init__(self, pace: Pace | None = None) -> None:
         self.work: SimpleQueue[tuple[StepStream, StepPlan] | None] = SimpleQueue()
         self._info: ShardInfo | None = None
         self._store: AdapterStore | None = None
         self._stream: StepStream | None = None
         self._lock = Lock()  # guards _stream
+        self._pace = pace or Pace()
         self._health = health.HealthServicer()
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
@@ -102,7 +104,8 @@ class ShardService(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
         """See shard.proto."""
         store = self._ready_store(context)
         updates: SimpleQueue[FetchProgress | Exception] = SimpleQueue()
-        Thread(target=_fetch, args=(store, decode(request), updates), daemon=True).start()
+        arguments = (store, decode(request), updates, self._pace)
+        Thread(target=_fetch, args=arguments, daemon=True).start()
         while True:
             update = updates.get()
             if isinstance(update, errors.AdapterFault):
@@ -138,9 +141,13 @@ class ShardService(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
             return self._stream
 
     def _read_plans(self, plans: Iterator[Any], stream: StepStream) -> None:
+        uses_cores = self._info is not None and self._info.device == "cpu"
         try:
-            for plan in plans:
-                self.work.put((stream, decode(plan)))
+            for message in plans:
+                plan = decode(message)
+                if uses_cores and plan.rows:
+                    self._pace.step()
+                self.work.put((stream, plan))
         except grpc.RpcError as error:
             log.info("step stream ended: %s", error)
         stream.close()
@@ -159,10 +166,15 @@ def _fetch(
     store: AdapterStore,
     request: FetchAdapterRequest,
     updates: SimpleQueue[FetchProgress | Exception],
+    pace: Pace,
 ) -> None:
+    def report(progress: FetchProgress) -> None:
+        updates.put(progress)
+        pace.rest()
+
     enter_background()
     try:
-        info = store.fetch(request, updates.put)
+        info = store.fetch(request, report)
         updates.put(FetchProgress("ready", info.packed_bytes, info.packed_bytes, info))
     except errors.AdapterFault as fault:
         updates.put(type(fault)(str(fault)))  # without the frames, which hold what was read

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
 from urllib.parse import unquote, urlsplit
+
+_PIECE_BYTES = 1 << 18  # of an answer that is sent at a rate
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Repo:
     is_corrupt: bool = False  # flip a bit of every file
     first_bytes: int = 0  # bytes of an answer that do not wait for the gate
     trickle_seconds: float = 0.0  # pause after every byte
+    bytes_per_second: float = 0.0  # 0 = as fast as they are taken
     gate: Event = field(default_factory=Event)  # files wait for it
     branches: tuple[str, ...] = ("main",)
 
@@ -46,6 +50,13 @@ class Repo:
         paths = sorted(self.directory.iterdir())
         content = b"".join(path.name.encode() + path.read_bytes() for path in paths)
         return hashlib.sha1(content).hexdigest()
+
+    def read(self, path: Path) -> tuple[bytes | memoryview, str]:
+        """A file's content and ETag."""
+        content = path.read_bytes()
+        if self.is_corrupt:
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        return content, f'"{hashlib.sha1(content).hexdigest()}"'
 
 
 class Hub:
@@ -152,10 +163,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return
             if not repo.first_bytes:
                 repo.gate.wait()
-            content = path.read_bytes()
-            if repo.is_corrupt:
-                content = content[:-1] + bytes([content[-1] ^ 1])
-            etag = f'"{hashlib.sha1(content).hexdigest()}"'
+            content, etag = repo.read(path)
             headers = {"ETag": etag, "X-Repo-Commit": repo.commit}
             start, status = 0, 200
             if repo.has_ranges and (asked := self.headers.get("Range", "")):
@@ -173,7 +181,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def _send(
             self,
             status: int,
-            body: bytes,
+            body: bytes | memoryview,
             headers: dict[str, str],
             repo: Repo | None = None,
             cut: int = 0,
@@ -189,18 +197,28 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if cut:
                 self.close_connection = True
 
-        def _write(self, repo: Repo | None, body: bytes) -> None:
+        def _write(self, repo: Repo | None, body: bytes | memoryview) -> None:
             if repo is not None and repo.trickle_seconds:
                 for byte in body:
                     self.wfile.write(bytes([byte]))
                     if hub.is_over.wait(repo.trickle_seconds):
                         return
+            elif repo is not None and repo.bytes_per_second:
+                self._write_at_rate(repo.bytes_per_second, memoryview(body))
             elif repo is not None and 0 < repo.first_bytes < len(body):
                 self.wfile.write(body[: repo.first_bytes])
                 repo.gate.wait()
                 self.wfile.write(body[repo.first_bytes :])
             else:
                 self.wfile.write(body)
+
+        def _write_at_rate(self, bytes_per_second: float, body: memoryview) -> None:
+            started = time.monotonic()
+            for done in range(0, len(body), _PIECE_BYTES):
+                early = done / bytes_per_second - (time.monotonic() - started)
+                if early > 0 and hub.is_over.wait(early):
+                    return
+                self.wfile.write(body[done : done + _PIECE_BYTES])
 
     return Handler
 

@@ -7,11 +7,13 @@ import pytest
 from lorafleet.deploy import resources
 from lorafleet.deploy.resources import rank_environments
 
+OTHERS = {"MALLOC_ARENA_MAX": "2", "GOMP_SPINCOUNT": "10000"}
+
 
 @pytest.fixture
 def cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "usable_cores", lambda: list(range(8)))
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MALLOC_ARENA_MAX"):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", *OTHERS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -23,10 +25,10 @@ def devices(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def test_cores_are_shared_out(cores: None, num_shard: int, share: str) -> None:
     environments = rank_environments(num_shard, "cpu")
     threads = {"OMP_NUM_THREADS": share, "MKL_NUM_THREADS": share}
-    assert environments == [threads | {"MALLOC_ARENA_MAX": "2"}] * num_shard
+    assert environments == [threads | OTHERS] * num_shard
 
 
-@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MALLOC_ARENA_MAX"])
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", *OTHERS])
 def test_what_the_operator_set_wins(
     cores: None, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
