@@ -76,6 +76,7 @@ def weights(header: Header | bytes, data: bytes, length: int | None = None) -> b
 
 # Each makes one hostile adapter of a good one's copy, and returns words of its refusal.
 Damage = Callable[[Random, Good, Path], str]
+Put = Callable[[str, bytes], None]  # makes an object of a key and its content
 
 
 def _cut(random: Random, good: Good, folder: Path) -> str:
@@ -509,6 +510,27 @@ def archives(random: Random, good: Good, root: Path, url: str, count: int) -> li
     for name, content, _ in made:
         (root / name).write_bytes(content)
     return [Hostile(name, "http", f"{url}/{name}", words) for name, _, words in made]
+
+
+def objects(random: Random, good: Good, root: Path, put: Put, bucket: str) -> list[Hostile]:
+    """Adapters in a bucket, each kind once, keys that lead out of their prefix, names of none."""
+    made = []
+    for damage, name in _in_turn(DOWNLOADS, "object", len(DOWNLOADS)):
+        folder = good.copy(root / name)
+        words = damage(random, good, folder)
+        for path in folder.iterdir():
+            put(f"evil/{name}/{path.name}", path.read_bytes())
+        made.append(Hostile(damage.__name__, "s3", f"s3://{bucket}/evil/{name}", words))
+    for number, out in enumerate(_PATHS_OUT):
+        for name, content in good.files.items():
+            put(f"slip-{number}/{out.format(name)}", content)
+        made.append(Hostile("slip", "s3", f"s3://{bucket}/slip-{number}", "no adapter_config"))
+    ids = (
+        f"s3://{bucket}/../../etc", f"s3://{bucket}/none", f"s3://{bucket}/evil", f"s3://{bucket}/",
+        "s3://other/x", "s3://../x", "s3://A/x", f"s3://{bucket}/{'a' * 2000}", f"{bucket}\\x",
+    )  # fmt: skip
+    wanted = "is not the name|There is no|no adapter_config|not served here"
+    return made + [Hostile("id", "s3", id, wanted) for id in ids]
 
 
 def _in_turn(damages: tuple[Damage, ...], prefix: str, count: int) -> list[tuple[Damage, str]]:

@@ -24,10 +24,12 @@ from tests.e2e.hostile import (
     archives,
     local_folders,
     local_ids,
+    objects,
     repositories,
 )
 from tests.e2e.oracle import Oracle
 from tests.e2e.questions import Question, ask, ids_of
+from tests.e2e.s3_server import BUCKET, s3_server
 from tests.e2e.service import Service, serve
 
 SEED = int(os.environ.get("LORAFLEET_SEED", "4"))
@@ -85,7 +87,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A service of two shards with every source but S3."""
+    """A service of two shards with every source."""
     root, random = tmp_path_factory.mktemp("hostile"), Random(SEED)
     model = make_checkpoint("llama", root / "model")
     recipes = tuple(recipe for recipe in RECIPES if recipe.name in GOOD)
@@ -102,21 +104,25 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with ExitStack() as stack:
         web = stack.enter_context(WebServer(root / "web" / "archives"))
         hub = stack.enter_context(Hub().serve())
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        s3 = stack.enter_context(s3_server(patch))
         hostile = [
             *local_folders(random, good, root / "adapters", 100),
             *local_ids(random, 8),
             *repositories(random, good, root / "repos", 36),
             *archives(random, good, root / "web" / "archives", f"{web.url}/files", 20),
+            *objects(random, good, root / "objects", s3.put, BUCKET),
         ]
         for path in (root / "repos").iterdir():
             hub.repos[f"evil/{path.name}"] = Repo(path)
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("HF_ENDPOINT", hub.endpoint)
         flags = (
             "--num-shard=2",
             f"--adapter-root={root / 'adapters'}",
             f"--adapter-cache-dir={root / 'cache'}",
             f"--adapter-http-hosts={web.host}",
+            f"--adapter-s3-endpoint={s3.url}",
+            f"--adapter-s3-buckets={BUCKET}",
             "--adapter-archive-bytes=64MiB",
             "--adapter-disk-bytes=256MiB",
         )

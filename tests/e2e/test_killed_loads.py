@@ -11,11 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import aiohttp
-import boto3
 import psutil
 import pytest
-from botocore.config import Config
-from moto.server import ThreadedMotoServer
 
 from tests.cache.archive_cases import FILES, tar_of
 from tests.cache.hub_stand_in import Hub, Repo
@@ -24,6 +21,7 @@ from tests.cache.web_server import WebServer
 from tests.checkpoints import RECIPES, make_adapters, make_checkpoint
 from tests.e2e.oracle import Oracle
 from tests.e2e.questions import ids_of
+from tests.e2e.s3_server import BUCKET, s3_server
 from tests.e2e.service import Service, serve, start
 from tests.e2e.test_failures import children
 
@@ -96,22 +94,12 @@ def slow_archive(made: Made, root: Path) -> Iterator[Slow]:
 
 @contextmanager
 def slow_s3(made: Made, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slow]:
-    for name, value in _CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-    server = ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    config = Config(s3={"addressing_style": "path"})
-    client = boto3.client("s3", "us-east-1", endpoint_url=url, config=config)
-    client.create_bucket(Bucket="adapters")
-    for name in FILES:
-        body = (made.folder / name).read_bytes()
-        client.put_object(Bucket="adapters", Key=f"team/{NAME}/{name}", Body=body)
-    with stalling(url) as proxy:
-        flags = (f"--adapter-s3-endpoint={proxy.url}",)
-        yield Slow("s3", f"s3://adapters/team/{NAME}", flags, partial(resume, proxy))
-    server.stop()
+    with s3_server(monkeypatch) as s3:
+        for name in FILES:
+            s3.put(f"team/{NAME}/{name}", (made.folder / name).read_bytes())
+        with stalling(s3.url) as proxy:
+            flags = (f"--adapter-s3-endpoint={proxy.url}",)
+            yield Slow("s3", f"s3://{BUCKET}/team/{NAME}", flags, partial(resume, proxy))
 
 
 @contextmanager
@@ -123,13 +111,6 @@ def stalling(url: str) -> Iterator[Proxy]:
 
 def resume(proxy: Proxy) -> None:
     proxy.stall_after = 0
-
-
-_CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
-    "AWS_SECRET_ACCESS_KEY": "example",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
 
 
 async def ask(
