@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import FakeConfig
-from tests.router.http_service import Running, serving, until
+from tests.router.http_service import serving, until
 
 ROUTES: list[tuple[str, dict[str, Any]]] = [
     ("/generate", {"inputs": "a"}),
@@ -59,13 +59,6 @@ async def test_every_route_lets_a_better_priority_start_first(
     assert done == [-1, -100, 0, 100]
 
 
-async def wait_for_row(service: Running, count: int, **fields: Any) -> list[asyncio.Task[Any]]:
-    body = {"inputs": "a", "parameters": {"max_new_tokens": 2} | fields}
-    tasks = [asyncio.create_task(service.post("/generate", body)) for _ in range(count)]
-    await until(lambda: service.engine.stats().waiting + service.engine.stats().running >= count)
-    return tasks
-
-
 @pytest.mark.parametrize(("path", "body"), ROUTES)
 async def test_a_full_queue_is_429_and_other_queues_are_open(
     path: str, body: dict[str, Any]
@@ -73,7 +66,8 @@ async def test_a_full_queue_is_429_and_other_queues_are_open(
     config = FakeConfig(echo=True, max_rows=1)
     async with serving(config, max_waiting_per_adapter=2) as service:
         service.shard.steps.close()
-        tasks = await wait_for_row(service, 1)
+        tasks = [asyncio.create_task(service.generate("a", max_new_tokens=2))]
+        await until(lambda: service.engine.stats().running == 1)
         tasks += [asyncio.create_task(service.generate("a", max_new_tokens=2)) for _ in range(2)]
         await until(lambda: service.engine.stats().waiting == 2)
         response = await service.post(path, body)
@@ -89,24 +83,47 @@ async def test_a_full_queue_is_429_and_other_queues_are_open(
         assert await service.generate("ab", max_new_tokens=2) == {"generated_text": "ab"}
 
 
+async def test_requests_that_come_at_once_are_counted_when_they_are_queued() -> None:
+    """All of them hold their adapter before the first is in the queue."""
+    config = FakeConfig(echo=True, max_rows=1)
+    async with serving(config, max_waiting_per_adapter=2) as service:
+        service.shard.steps.close()
+        body = {"inputs": "a", "parameters": {"max_new_tokens": 2}}
+        tasks = [asyncio.create_task(service.post("/generate", body)) for _ in range(12)]
+        stats = service.engine.stats
+
+        def num_refused() -> int:
+            return sum(task.done() for task in tasks)
+
+        await until(lambda: num_refused() + stats().running + stats().waiting == 12)
+        assert num_refused() >= 9  # of the other three at most one has the row
+        service.shard.steps.open()
+        statuses = [response.status for response in await asyncio.gather(*tasks)]
+        assert statuses.count(200) in (2, 3)
+        assert statuses.count(200) + statuses.count(429) == 12
+
+
 async def test_requests_whose_adapter_is_being_fetched_count_in_its_queue() -> None:
     async with serving(max_waiting_per_adapter=3) as service:
         service.shard.fetching.close()
         body = {"inputs": "a", "parameters": {"adapter_id": "adapter-1", "max_new_tokens": 2}}
-        tasks = [asyncio.create_task(service.post("/generate", body)) for _ in range(3)]
-        await until(lambda: bool(service.shard.fetches))
-        answer = await service.json("/generate", body, status=429)
-        assert "adapter adapter-1" in answer["error"]
+        tasks = [asyncio.create_task(service.post("/generate", body)) for _ in range(4)]
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        (refused,) = [task.result() for task in done]
+        assert "adapter adapter-1" in (await refused.json())["error"]
         service.shard.fetching.open()
-        assert [response.status for response in await asyncio.gather(*tasks)] == [200] * 3
+        statuses = [response.status for response in await asyncio.gather(*tasks)]
+        assert sorted(statuses) == [200, 200, 200, 429]
         assert (await service.post("/generate", body)).status == 200
 
 
 async def test_an_adapter_runs_no_more_than_its_limit() -> None:
     async with serving(FakeConfig(echo=True), max_running_per_adapter=2) as service:
         service.shard.steps.close()
-        tasks = [asyncio.create_task(service.generate("a", max_new_tokens=2)) for _ in range(3)]
+        # In one request, so that all are there for the first plan: no more than two are sent ahead.
+        body = {"model": "", "prompt": ["a", "a", "a"], "max_tokens": 2}
+        task = asyncio.create_task(service.json("/v1/completions", body))
         stats = service.engine.stats
         await until(lambda: (stats().running, stats().waiting) == (2, 1))
         service.shard.steps.open()
-        await asyncio.gather(*tasks)
+        assert len((await task)["choices"]) == 3
