@@ -22,7 +22,8 @@ class HostTier:
         self._budget, self._dtype, self._pin = budget_bytes, dtype, pin
         self._used = 0
         self._adapters: dict[AdapterKey, PackedAdapter] = {}
-        self._lock = Lock()  # guards _used and _adapters
+        self._filling: set[AdapterKey] = set()
+        self._lock = Lock()  # guards _used, _adapters and _filling
 
     @property
     def used_bytes(self) -> int:
@@ -37,15 +38,15 @@ class HostTier:
         Raises TierFull, before anything is allocated, when the budget has no room. Whatever
         `fill` raises gives the room back.
         """
-        self._reserve(form.nbytes)
+        self._reserve(key, form.nbytes)
         try:
             packed = allocate(form, self._dtype, self._pin)
             fill(packed)
         except BaseException:
-            self._release(form.nbytes)
+            self._release(key, form.nbytes)
             raise
         with self._lock:
-            assert key not in self._adapters, key
+            self._filling.remove(key)
             self._adapters[key] = packed
         return packed
 
@@ -54,9 +55,9 @@ class HostTier:
         return self._adapters.get(key)
 
     def keys(self) -> frozenset[AdapterKey]:
-        """Every adapter held, at one moment."""
+        """Every adapter that has room, filled or being filled, at one moment."""
         with self._lock:
-            return frozenset(self._adapters)
+            return frozenset(self._adapters) | self._filling
 
     def drop(self, key: AdapterKey) -> None:
         """Forgets an adapter; copies under way hold on to its memory until they are done."""
@@ -65,15 +66,18 @@ class HostTier:
             if packed is not None:
                 self._used -= packed.nbytes
 
-    def _reserve(self, nbytes: int) -> None:
+    def _reserve(self, key: AdapterKey, nbytes: int) -> None:
         with self._lock:
+            assert key not in self._adapters.keys() | self._filling, key
             if self._used + nbytes > self._budget:
                 raise TierFull(
                     f"The adapter needs {nbytes} bytes of host memory; "
                     f"{max(0, self._budget - self._used)} of {self._budget} are free."
                 )
             self._used += nbytes
+            self._filling.add(key)
 
-    def _release(self, nbytes: int) -> None:
+    def _release(self, key: AdapterKey, nbytes: int) -> None:
         with self._lock:
             self._used -= nbytes
+            self._filling.remove(key)

@@ -15,14 +15,18 @@ class KeyLocks:
         self._locks: dict[Hashable, tuple[Lock, int]] = {}  # key -> lock, holders and waiters
 
     @contextmanager
-    def hold(self, key: Hashable) -> Iterator[None]:
-        """Waits for the key."""
+    def hold(self, key: Hashable, *, wait: bool = True) -> Iterator[bool]:
+        """Whether the key is held: always if `wait`, otherwise unless somebody else holds it."""
         with self._guard:
             lock, users = self._locks.get(key, (Lock(), 0))
             self._locks[key] = lock, users + 1
         try:
-            with lock:
-                yield
+            is_held = lock.acquire(blocking=wait)
+            try:
+                yield is_held
+            finally:
+                if is_held:
+                    lock.release()
         finally:
             with self._guard:
                 lock, users = self._locks.pop(key)

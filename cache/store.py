@@ -109,17 +109,18 @@ class AdapterStore:
     def list(self) -> list[AdapterInfo]:
         """Adapters that anyone may use without a remote source being asked, sorted by source, id.
 
-        Those not fetched yet are there with an empty digest. What else takes disk (downloads for
-        some callers only, or that cannot be served) is there as not public, so that it is counted.
+        Those not fetched yet are there with an empty digest, those being packed as if they were in
+        host memory, since they take room there. What else takes disk (downloads for some callers
+        only, or that cannot be served) is there as not public, so that it is counted. Waits for no
+        work on an adapter.
         """
         infos = []
         for source in self._sources.values():
             for key, directory in source.list():
-                with self._locks.hold(key):
-                    try:
-                        infos.append(self._info(self._glance(key, directory)))
-                    except AdapterUnservable:
-                        infos.append(_hidden(key, source.disk_bytes(key)))
+                try:
+                    infos.append(self._info(self._listed(key, directory)))
+                except AdapterUnservable:
+                    infos.append(_hidden(key, source.disk_bytes(key)))
             infos += [_hidden(key, source.disk_bytes(key)) for key in source.list_restricted()]
         held = self._host.keys()  # of one moment, so that together they fit the budget
         return [
@@ -153,15 +154,25 @@ class AdapterStore:
             )
         return source
 
+    def _listed(self, key: AdapterKey, directory: Path) -> _Adapter:
+        """As `_glance`; but what somebody works on is left as it is known, or only looked at."""
+        with self._locks.hold(key, wait=False) as is_held:
+            if is_held:
+                return self._glance(key, directory)
+            return self._adapters.get(key) or self._headers(key, directory)
+
     def _glance(self, key: AdapterKey, directory: Path) -> _Adapter:
         """The adapter as known, or as its headers say. Raises AdapterUnservable."""
         known = self._adapters.get(key)
         if known is not None and (self._host.get(key) is not None or known.spec.is_current()):
             return known
-        spec = read_spec(directory, self._layout, self._base, self._allow_pickles)
-        adapter = _Adapter(key, spec, spec.form(self._layout, self._dtype.itemsize))
-        self._adapters[key] = adapter
+        adapter = self._adapters[key] = self._headers(key, directory)
         return adapter
+
+    def _headers(self, key: AdapterKey, directory: Path) -> _Adapter:
+        """The adapter as its headers say. Raises AdapterUnservable."""
+        spec = read_spec(directory, self._layout, self._base, self._allow_pickles)
+        return _Adapter(key, spec, spec.form(self._layout, self._dtype.itemsize))
 
     def _read(self, key: AdapterKey, directory: Path, progress: Progress) -> _Adapter:
         """The adapter with its digest. Raises AdapterUnservable."""

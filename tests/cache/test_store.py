@@ -295,6 +295,28 @@ def test_a_slow_source_blocks_no_other_adapter(store: AdapterStore, hub: Hub) ->
         assert future.result().tier is Tier.HOST
 
 
+@pytest.mark.parametrize(("stage", "tier"), [("reading", Tier.DISK), ("packing", Tier.HOST)])
+def test_a_list_waits_for_no_work(store: AdapterStore, stage: str, tier: Tier) -> None:
+    reached, go_on = Event(), Event()
+
+    def watch(progress: FetchProgress) -> None:
+        if progress.stage == stage:
+            reached.set()
+            go_on.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            work = pool.submit(store.fetch, FetchAdapterRequest(ONE, Tier.HOST), watch)
+            reached.wait()
+            infos = pool.submit(store.list).result(timeout=10)
+        finally:
+            go_on.set()
+        # What is being packed has its room, and a router that starts now must count it.
+        assert [(info.key, info.tier) for info in infos] == [(ONE, tier), (TWO, Tier.DISK)]
+        assert infos[0].packed_bytes == work.result().packed_bytes
+    assert store.list()[0] == work.result(), "the list took the digest away"
+
+
 def test_different_adapters_at_once_keep_the_budget(config: Settings, tmp_path: Path) -> None:
     for index in range(8):
         write_adapter(tmp_path / "root" / f"a{index}", tensors=tensors_of(seed=index))
