@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import pytest
 from botocore.config import Config
 from moto.server import ThreadedMotoServer
 
-from tests.cache.archive_cases import FILES
+from tests.cache.archive_cases import FILES, tar_of
 from tests.cache.hub_stand_in import Hub, Repo
 from tests.cache.proxy import Proxy
+from tests.cache.web_server import WebServer
 from tests.checkpoints import RECIPES, make_adapters, make_checkpoint
 from tests.e2e.oracle import Oracle
 from tests.e2e.questions import ids_of
@@ -56,21 +58,35 @@ class Slow:
     id: str
     flags: tuple[str, ...]
     release: Callable[[], None]
+    file: str = FILES[1]  # as it is called while it comes
 
 
 @pytest.fixture
 def slow(
-    request: pytest.FixtureRequest, made: Made, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Slow]:
-    if request.param == "hub":
-        with Hub().serve() as hub:
-            repo = hub.repos[f"owner/{NAME}"] = Repo(made.folder, first_bytes=HALF)
-            repo.gate.clear()
-            monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-            yield Slow("hub", f"owner/{NAME}", (), repo.gate.set)
-        return
+    sources: dict[str, AbstractContextManager[Slow]] = {
+        "hub": slow_hub(made, monkeypatch),
+        "s3": slow_s3(made, monkeypatch),
+        "http": slow_http(made, tmp_path / "web"),
+    }
+    with sources[request.param] as source:
+        yield source
+
+
+@contextmanager
+def slow_hub(made: Made, patch: pytest.MonkeyPatch) -> Iterator[Slow]:
+    with Hub().serve() as hub:
+        repo = hub.repos[f"owner/{NAME}"] = Repo(made.folder, first_bytes=HALF)
+        repo.gate.clear()
+        patch.setenv("HF_ENDPOINT", hub.endpoint)
+        yield Slow("hub", f"owner/{NAME}", (), repo.gate.set)
+
+
+@contextmanager
+def slow_s3(made: Made, patch: pytest.MonkeyPatch) -> Iterator[Slow]:
     for name, value in _CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
+        patch.setenv(name, value)
     server = ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     host, port = server.get_host_and_port()
@@ -81,15 +97,32 @@ def slow(
     for name in FILES:
         body = (made.folder / name).read_bytes()
         client.put_object(Bucket="adapters", Key=f"team/{NAME}/{name}", Body=body)
+    with stalled(url) as (proxy, release):
+        flags = (f"--adapter-s3-endpoint={proxy.url}",)
+        yield Slow("s3", f"s3://adapters/team/{NAME}", flags, release)
+    server.stop()
+
+
+@contextmanager
+def slow_http(made: Made, root: Path) -> Iterator[Slow]:
+    root.mkdir()
+    files = {name: (made.folder / name).read_bytes() for name in FILES}
+    (root / "adapter.tar.gz").write_bytes(tar_of(files))
+    with WebServer(root) as web, stalled(web.url) as (proxy, release):
+        flags = (f"--adapter-http-hosts={proxy.host}",)
+        yield Slow("http", f"{proxy.url}/files/adapter.tar.gz", flags, release, "archive")
+
+
+@contextmanager
+def stalled(url: str) -> Iterator[tuple[Proxy, Callable[[], None]]]:
+    """A proxy that passes so much on, and what lets it pass on all."""
     with Proxy(url) as proxy:
         proxy.stall_after = HALF
 
         def release() -> None:
             proxy.stall_after = 0
 
-        flags = (f"--adapter-s3-endpoint={proxy.url}",)
-        yield Slow("s3", f"s3://adapters/team/{NAME}", flags, release)
-    server.stop()
+        yield proxy, release
 
 
 _CREDENTIALS = {
@@ -144,7 +177,11 @@ async def interrupted(service: Service, slow: Slow, module: str, when: Callable[
 
 @pytest.mark.parametrize(
     ("slow", "module"),
-    [("hub", "lorafleet.shard"), ("s3", "lorafleet.router")],
+    [
+        ("hub", "lorafleet.shard"),
+        ("s3", "lorafleet.router"),
+        ("http", "lorafleet.shard"),
+    ],
     indirect=["slow"],
 )
 async def test_a_download_is_gone_on_with_and_counted_once(
@@ -154,11 +191,11 @@ async def test_a_download_is_gone_on_with_and_counted_once(
     flags = (f"--adapter-cache-dir={cache}", "--adapter-disk-bytes=1MiB", *slow.flags)
 
     def has_begun() -> bool:
-        weights = [path for path in cache.rglob(FILES[1]) if path.exists()]
-        return bool(weights) and weights[0].stat().st_size > 0
+        begun = [path for path in cache.rglob(slow.file) if path.exists()]
+        return bool(begun) and begun[0].stat().st_size > 0
 
     await interrupted(start(made.model, tmp_path, *flags), slow, module, has_begun)
-    left = list(cache.rglob(FILES[1]))
+    left = list(cache.rglob(slow.file))
     assert [path.relative_to(cache).parts[0] for path in left] == [".partial"]
     slow.release()
     with serve(made.model, tmp_path, *flags) as service:
@@ -171,8 +208,9 @@ async def test_a_download_is_gone_on_with_and_counted_once(
         assert service.metric("lorafleet_adapter_tier_bytes", tier="disk") == size_of(made)
 
 
+@pytest.mark.parametrize("module", ["lorafleet.shard", "lorafleet.router"])
 async def test_a_pack_begins_anew_from_what_was_downloaded(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
     cache = tmp_path / "cache"
     flags = (f"--adapter-cache-dir={cache}", "--adapter-disk-bytes=1MiB")
@@ -181,9 +219,7 @@ async def test_a_pack_begins_anew_from_what_was_downloaded(
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         slow = Slow("hub", f"owner/{NAME}", (), lambda: None)
         service = start(made.model, tmp_path, *flags)
-        await interrupted(
-            service, slow, "lorafleet.shard", lambda: bool([*cache.glob("hub/*/download.json")])
-        )
+        await interrupted(service, slow, module, lambda: bool([*cache.glob("hub/*/download.json")]))
         with serve(made.model, tmp_path, *flags) as service:
             assert service.metric("lorafleet_adapter_tier_bytes", tier="disk") == size_of(made)
             async with service.session() as session:
