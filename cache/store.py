@@ -64,17 +64,20 @@ class AdapterStore:
         device: torch.device,
         hub_endpoint: str | None = None,
         base: BaseWeights | None = None,
+        base_tokenizer: bytes = b"",
     ) -> None:
         """`hub_endpoint`: base URL of the hub, None for what HF_ENDPOINT says.
 
         `base`: the base model's own weights; with None adapters whose result depends on them are
-        refused, and adapters' copies of them take room.
+        refused, and adapters' copies of them take room. `base_tokenizer`: see MergedSource.
         """
         self._layout, self._dtype, self._base = layout, dtype, base
         self._tables = None if base is None else BaseTables(base, layout.vocabulary, dtype)
         self._allow_pickles = config.allow_pickled_adapters
         self._host = HostTier(config.adapter_host_bytes, dtype, pin=device.type == "cuda")
-        self._sources: dict[str, AdapterSource] = open_sources(config, layout, hub_endpoint)
+        self._sources: dict[str, AdapterSource] = open_sources(
+            config, layout, hub_endpoint, base_tokenizer
+        )
         self._adapters: dict[AdapterKey, _Adapter] = {}
         self._locks = KeyLocks()
 

@@ -28,6 +28,10 @@ MAX_TOKENIZER_BYTES = {
 }
 
 
+# What of a tokenizer's file says nothing of how text becomes tokens.
+_IGNORED = ("version", "truncation", "padding")
+
+
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
     """What was found, and a digest of it; all empty where the adapter ships nothing."""
@@ -42,6 +46,15 @@ def check_size(name: str, nbytes: int) -> None:
     limit = MAX_TOKENIZER_BYTES.get(name)
     if limit is not None and nbytes > limit:
         raise AdapterUnservable(f"{name} has {nbytes} bytes; it may have {limit}.")
+
+
+def is_same_tokenizer(one: bytes, other: bytes) -> bool:
+    """Whether two `tokenizer.json`, valid JSON objects both, make the same tokens of a text."""
+    return one == other or _essence(json.loads(one)) == _essence(json.loads(other))
+
+
+def _essence(file: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in file.items() if name not in _IGNORED}
 
 
 def read_tokenizer(directory: Path) -> TokenizerFiles:

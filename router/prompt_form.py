@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from lorafleet.cache.tokenizer_files import is_same_tokenizer
 from lorafleet.proto.messages import AdapterTokenizer, ShardInfo
 from lorafleet.router.chat import ChatTemplate, special_tokens, template_source
 from lorafleet.router.errors import AdapterUnservable
@@ -18,8 +19,6 @@ Render = Callable[[list[dict[str, Any]]], Awaitable[str]]
 
 _MAX_REGEX_LENGTH = 2048
 _SLOW_REGEX = re.compile(r"\)[*+{]|\\[1-9k]")  # a repeated group, or one that is referred to
-# What of a tokenizer's file says nothing of how text becomes tokens.
-_IGNORED = ("version", "truncation", "padding")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +57,12 @@ class BaseForm:
         """
         config = json.loads(files.tokenizer_config_json or b"{}")
         tokenizer, nbytes = self.form.tokenizer, 0
-        if files.tokenizer_json and not self._is_same(files.tokenizer_json):
+        if files.tokenizer_json and not is_same_tokenizer(files.tokenizer_json, self._file):
             tokenizer = open_tokenizer(files.tokenizer_json, self._file, threads)
             nbytes = len(files.tokenizer_json)
         return PromptForm(
             tokenizer, self._render(config, render), self._eos(tokenizer, config), nbytes
         )
-
-    def _is_same(self, tokenizer_json: bytes) -> bool:
-        if tokenizer_json == self._file:
-            return True
-        ours, theirs = json.loads(self._file), json.loads(tokenizer_json)
-        return _essence(ours) == _essence(theirs)
 
     def _render(
         self,
@@ -89,10 +82,6 @@ class BaseForm:
         """The base's, and the adapter's own end of text where that is another."""
         own = tokenizer.token_id(special_tokens(config).get("eos_token", ""))
         return self.form.eos_token_ids | ({own} if own is not None else set())
-
-
-def _essence(file: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in file.items() if name not in _IGNORED}
 
 
 def open_tokenizer(data: bytes, base: bytes, threads: int | ThreadPoolExecutor) -> Tokenizer:

@@ -64,11 +64,14 @@ def load_shard(
         memory.arena_bytes, config.max_active_adapters, decoder.layout, dtype, device
     )
     decoder.attach_adapters(adapters)
-    store = AdapterStore(config, decoder.layout, dtype, device, base=base)
+    info = _describe(config, decoder, memory, max_len, directory)
+    store = AdapterStore(
+        config, decoder.layout, dtype, device, base=base, base_tokenizer=info.tokenizer_json
+    )
     rows, pool = RowTable(config.max_batch_size, max_len, device), _kv_pool(decoder, memory)
     fast = _fast_path(config, decoder, rows, pool)
     worker = Worker(decoder, rows, pool, adapters, store, answers=group.rank == 0, fast=fast)
-    return LoadedShard(worker, store, _describe(config, decoder, memory, max_len, directory))
+    return LoadedShard(worker, store, info)
 
 
 def pick_device(name: str, rank: int) -> torch.device:

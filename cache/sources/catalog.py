@@ -38,12 +38,15 @@ class SourceConfig(Protocol):
 
 
 def open_sources(
-    config: SourceConfig, layout: ModelLayout, hub_endpoint: str | None = None
+    config: SourceConfig,
+    layout: ModelLayout,
+    hub_endpoint: str | None = None,
+    base_tokenizer: bytes = b"",
 ) -> dict[str, AdapterSource]:
     """All but the local one share one disk tier and its budget; merging takes from the others.
 
-    `hub_endpoint`: base URL of the hub, None for what HF_ENDPOINT says. Raises ValueError naming
-    a flag.
+    `hub_endpoint`: base URL of the hub, None for what HF_ENDPOINT says. `base_tokenizer`: see
+    MergedSource. Raises ValueError naming a flag.
     """
     disk = DiskTier(Path(config.adapter_cache_dir).expanduser(), config.adapter_disk_bytes)
     patience = Patience(config.adapter_answer_seconds, config.adapter_download_seconds)
@@ -58,4 +61,5 @@ def open_sources(
             disk, config.adapter_http_hosts, config.adapter_archive_bytes, patience, pickles
         ),
     }
-    return sources | {recipe.SOURCE: merged.MergedSource(disk, sources, layout, pickles)}
+    merges = merged.MergedSource(disk, sources, layout, pickles, base_tokenizer)
+    return sources | {recipe.SOURCE: merges}

@@ -32,6 +32,7 @@ from lorafleet.cache.sources import local
 from lorafleet.cache.sources.downloads import Downloads
 from lorafleet.cache.sources.source import AdapterSource, Progress
 from lorafleet.cache.sources.transfer import disk_faults
+from lorafleet.cache.tokenizer_files import is_same_tokenizer, read_tokenizer
 from lorafleet.cache.weight_files import CONFIG_FILE, WEIGHTS_FILE
 from lorafleet.cache.weights_reader import WeightsReader
 from lorafleet.proto.messages import AdapterKey, FetchProgress
@@ -79,9 +80,15 @@ class MergedSource(Downloads):
         sources: Mapping[str, AdapterSource],
         layout: ModelLayout,
         allow_pickles: bool,
+        base_tokenizer: bytes = b"",
     ) -> None:
-        """`sources`: where members come from, by name."""
+        """`sources`: where members come from, by name.
+
+        `base_tokenizer`: the base model's tokenizer.json, which a merge is spoken to with; empty
+        where it is not known, and then members' are not looked at.
+        """
         super().__init__(disk, SOURCE)
+        self._base_tokenizer = base_tokenizer
         self._sources, self._layout, self._allow_pickles = sources, layout, allow_pickles
         self._work = Lock()  # one merge at a time, and on one core: the others are for steps
 
@@ -89,12 +96,7 @@ class MergedSource(Downloads):
         """Fetches the members as this caller, and merges them unless that is done already."""
         recipe = _recipe(key)
         found = {
-            member: _read_member(
-                str(member),
-                self._fetch_member(member, api_token, progress),
-                self._layout,
-                self._allow_pickles,
-            )
+            member: self._read_member(str(member), self._fetch_member(member, api_token, progress))
             for member in members_of(key)
         }
         merge = _Merge(recipe, [found[member.key] for member in recipe.members], self._layout)
@@ -108,6 +110,12 @@ class MergedSource(Downloads):
         """Every member's source decides; a member that is not here any more is fetched again."""
         for member in members_of(key):
             self._fetch_member(member, api_token, lambda _: None)
+
+    def _read_member(self, name: str, directory: Path) -> _Member:
+        member = _read_member(name, directory, self._layout, self._allow_pickles)
+        if self._base_tokenizer:
+            _check_tokenizer(member.name, directory, self._base_tokenizer)
+        return member
 
     def _fetch_member(self, member: AdapterKey, api_token: str, progress: Progress) -> Path:
         source = self._sources.get(member.source)
@@ -292,6 +300,19 @@ def _read_member(name: str, directory: Path, layout: ModelLayout, allow_pickles:
                 "of an attention or MLP layer, and only those are merged."
             )
     return _Member(shown(name), config, spec)
+
+
+def _check_tokenizer(name: str, directory: Path, base: bytes) -> None:
+    """Raises AdapterUnservable for a member that was trained on other tokens than the base's."""
+    try:
+        own = read_tokenizer(directory).tokenizer_json
+    except AdapterUnservable as error:
+        raise AdapterUnservable(f"{name} cannot be merged: {error}") from None
+    if own and not is_same_tokenizer(own, base):
+        raise AdapterUnservable(
+            f"{name} cannot be merged: its tokenizer.json makes other tokens of a text than the "
+            "base model's, and a merge is spoken to with the base model's."
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

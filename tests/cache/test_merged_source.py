@@ -270,6 +270,28 @@ def test_only_plain_lora_is_merged(tmp_path: Path, fields: dict[str, Any], words
         fetch(open_source(tmp_path, tmp_path), recipe_of({"even": 1.0, "odd": 1.0}))
 
 
+def test_members_speak_the_base_models_tokens(tmp_path: Path) -> None:
+    base = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}}
+    other = base | {"model": {"type": "BPE", "vocab": {"a": 1, "b": 0}}}
+    disk, sources = DiskTier(tmp_path / "disk", 1 << 26), {"local": LocalSource(str(tmp_path))}
+    source = MergedSource(disk, sources, tiny_layout(), False, json.dumps(base).encode())
+    recipe = recipe_of({"even": 1.0, "odd": 1.0})
+    write_adapter(tmp_path / "even")
+    shipped = write_adapter(tmp_path / "odd") / "tokenizer.json"
+    shipped.write_text(json.dumps(other))
+    with pytest.raises(AdapterUnservable, match=r"'odd' cannot be merged: its tokenizer\.json"):
+        fetch(source, recipe)
+    shipped.write_text("[]")
+    with pytest.raises(AdapterUnservable, match=r"'odd' cannot be merged: tokenizer\.json is not"):
+        fetch(source, recipe)
+    assert source.list() == []
+    shipped.write_text(json.dumps(base | {"padding": None}, indent=1))  # as a trainer saves it
+    fetch(source, recipe)
+    shipped.write_text(json.dumps(other))  # and not only before the merge is made
+    with pytest.raises(AdapterUnservable, match=r"its tokenizer\.json"):
+        fetch(source, recipe)
+
+
 def test_a_member_without_a_config_says_so(tmp_path: Path) -> None:
     write_adapter(tmp_path / "even")
     (write_adapter(tmp_path / "odd") / "adapter_config.json").unlink()

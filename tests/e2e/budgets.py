@@ -119,14 +119,25 @@ def _held(shard: grpc.Channel) -> list[AdapterInfo]:
 
 
 def _on_disk(cache: Path) -> int:
-    """Bytes of every file of adapters, complete or on its way."""
-    total = 0
+    """Bytes of files of adapters, complete or on their way, that were there at one moment.
+
+    Looking takes a while, in which files come and go: those that two looks found were there in
+    between. A file that was moved is still the same.
+    """
+    before, after = _files(cache), _files(cache)
+    return sum(min(before[file], after[file]) for file in before.keys() & after.keys())
+
+
+def _files(cache: Path) -> dict[int, int]:
+    """Sizes by the file's number."""
+    found = {}
     for folder, _, names in os.walk(cache):
         for name in names:
             if name.startswith("adapter_"):
                 with suppress(FileNotFoundError):  # dropped meanwhile
-                    total += os.stat(os.path.join(folder, name)).st_size
-    return total
+                    status = os.stat(os.path.join(folder, name))
+                    found[status.st_ino] = status.st_size
+    return found
 
 
 def _addresses(service: Service) -> list[str]:

@@ -524,12 +524,12 @@ def objects(random: Random, good: Good, root: Path, put: Put, bucket: str) -> li
     for number, out in enumerate(_PATHS_OUT):
         for name, content in good.files.items():
             put(f"slip-{number}/{out.format(name)}", content)
-        made.append(Hostile("slip", "s3", f"s3://{bucket}/slip-{number}", "no adapter_config"))
+        made.append(Hostile("slip", "s3", f"s3://{bucket}/slip-{number}", "S3 has no"))
     ids = (
         f"s3://{bucket}/../../etc", f"s3://{bucket}/none", f"s3://{bucket}/evil", f"s3://{bucket}/",
         "s3://other/x", "s3://../x", "s3://A/x", f"s3://{bucket}/{'a' * 2000}", f"{bucket}\\x",
     )  # fmt: skip
-    wanted = "is not the name|There is no|no adapter_config|not served here"
+    wanted = "S3 has no|is not an adapter of S3|not served here|printable characters"
     return made + [Hostile("id", "s3", id, wanted) for id in ids]
 
 
