@@ -22,6 +22,16 @@ from lorafleet.deploy.bench.workload import Length, Popularity, Workload, words
 
 def add_flags(parser: ArgumentParser) -> None:
     """Adds bench's flags."""
+    _add_target(parser)
+    _add_load(parser)
+    _add_requests(parser)
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="write config and results there"
+    )
+
+
+def _add_target(parser: ArgumentParser) -> None:
+    """Whom to ask for which adapters."""
     add = parser.add_argument
     add("--url", required=True, help="the server, e.g. http://localhost:8080")
     add(
@@ -52,6 +62,10 @@ def add_flags(parser: ArgumentParser) -> None:
         "equally; zipf:S: the i-th adapter with probability proportional to i^-S; identical: one "
         "adapter (default: distinct)",
     )
+
+
+def _add_load(parser: ArgumentParser) -> None:
+    """How many requests, and when."""
     load = parser.add_mutually_exclusive_group()
     load.add_argument(
         "--concurrency",
@@ -66,13 +80,18 @@ def add_flags(parser: ArgumentParser) -> None:
         metavar="R",
         help="open loop instead: Poisson arrivals, requests per second",
     )
-    add(
+    parser.add_argument(
         "--requests",
         type=_positive(int),
         default=128,
         metavar="N",
         help="requests in all (default: 128)",
     )
+
+
+def _add_requests(parser: ArgumentParser) -> None:
+    """What is in them."""
+    add = parser.add_argument
     add(
         "--prompt-tokens",
         type=Length.parse,
@@ -93,7 +112,6 @@ def add_flags(parser: ArgumentParser) -> None:
         help="let the model end early; otherwise ignore_eos is sent",
     )
     add("--seed", type=int, default=0, help="of popularity, lengths, words, arrivals (default: 0)")
-    add("--output", type=Path, metavar="FILE.json", help="write config and results there")
 
 
 def run(args: Namespace) -> int:

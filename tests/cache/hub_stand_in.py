@@ -73,7 +73,7 @@ class Hub:
     @contextmanager
     def serve(self) -> Iterator[Hub]:
         """Serves on a free port until the block ends."""
-        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{server.server_port}"
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -93,134 +93,134 @@ class Hub:
         return sum(text in request for request in self.requests)
 
 
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    """One connection; the hub that it belongs to makes a class of its own of this."""
 
-        def do_GET(self) -> None:
-            self._answer()
+    hub: Hub
+    protocol_version = "HTTP/1.1"
 
-        def do_HEAD(self) -> None:
-            self._answer()
+    def do_GET(self) -> None:
+        self._answer()
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
+    def do_HEAD(self) -> None:
+        self._answer()
 
-        def _answer(self) -> None:
-            path = urlsplit(self.path).path
-            hub.requests.append(f"{self.command} {path}")
-            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-            if token:
-                hub.tokens.append(token)
-            api, _, rest = path.partition("/api/models/")
-            if rest and not api:
-                name, _, revision = rest.partition("/revision/")
-                self._model(name, unquote(revision), token)
-            else:
-                name, _, rest = path.strip("/").partition("/resolve/")
-                revision, _, file = rest.partition("/")
-                self._file(name, unquote(revision), unquote(file), token)
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
-        def _repo(self, name: str, revision: str, token: str, *, files: bool) -> Repo | None:
-            repo = hub.repos.get(name)
-            private = repo is not None and repo.token and not repo.is_gated
-            if token == "invalid":
-                self._fail(401, "", "Invalid credentials in Authorization header")
-            elif repo is None or (private and token != repo.token):
-                self._fail(404 if token else 401, "RepoNotFound")
-            elif repo.status:
-                self._fail(repo.status, "")
-            elif files and repo.is_gated and token != repo.token:
-                self._fail(403 if token else 401, "GatedRepo")
-            elif revision and revision not in (*repo.branches, repo.commit):
-                self._fail(404, "RevisionNotFound")
-            else:
-                return repo
-            return None
+    def _answer(self) -> None:
+        path = urlsplit(self.path).path
+        self.hub.requests.append(f"{self.command} {path}")
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token:
+            self.hub.tokens.append(token)
+        api, _, rest = path.partition("/api/models/")
+        if rest and not api:
+            name, _, revision = rest.partition("/revision/")
+            self._model(name, unquote(revision), token)
+        else:
+            name, _, rest = path.strip("/").partition("/resolve/")
+            revision, _, file = rest.partition("/")
+            self._file(name, unquote(revision), unquote(file), token)
 
-        def _model(self, name: str, revision: str, token: str) -> None:
-            repo = self._repo(name, revision, token, files=False)
-            if repo is not None:
-                siblings = [_sibling(repo, path) for path in sorted(repo.directory.iterdir())]
-                model = {
-                    "id": name,
-                    "sha": repo.commit,
-                    "private": bool(repo.token) and not repo.is_gated,
-                    "gated": "auto" if repo.is_gated else False,
-                    "tags": [],
-                    "downloads": 0,
-                    "siblings": siblings,
-                }
-                self._send(200, json.dumps(model).encode(), {"Content-Type": "application/json"})
+    def _repo(self, name: str, revision: str, token: str, *, files: bool) -> Repo | None:
+        repo = self.hub.repos.get(name)
+        private = repo is not None and repo.token and not repo.is_gated
+        if token == "invalid":
+            self._fail(401, "", "Invalid credentials in Authorization header")
+        elif repo is None or (private and token != repo.token):
+            self._fail(404 if token else 401, "RepoNotFound")
+        elif repo.status:
+            self._fail(repo.status, "")
+        elif files and repo.is_gated and token != repo.token:
+            self._fail(403 if token else 401, "GatedRepo")
+        elif revision and revision not in (*repo.branches, repo.commit):
+            self._fail(404, "RevisionNotFound")
+        else:
+            return repo
+        return None
 
-        def _file(self, name: str, revision: str, file: str, token: str) -> None:
-            repo = self._repo(name, revision, token, files=True)
-            if repo is None:
-                return
-            path = repo.directory / file
-            if not path.is_file():
-                self._fail(404, "EntryNotFound")
-                return
-            if not repo.first_bytes:
-                repo.gate.wait()
-            content, etag = repo.read(path)
-            headers = {"ETag": etag, "X-Repo-Commit": repo.commit}
-            start, status = 0, 200
-            if repo.has_ranges and (asked := self.headers.get("Range", "")):
-                hub.ranges.append(asked)
-                start, status = int(asked.removeprefix("bytes=").removesuffix("-")), 206
-                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            cut = repo.cut_bytes if repo.num_cuts and repo.cut_file in ("", file) else 0
-            repo.num_cuts -= 1 if cut and repo.num_cuts > 0 else 0
-            self._send(status, content[start:], headers, repo, cut)
+    def _model(self, name: str, revision: str, token: str) -> None:
+        repo = self._repo(name, revision, token, files=False)
+        if repo is not None:
+            siblings = [_sibling(repo, path) for path in sorted(repo.directory.iterdir())]
+            model = {
+                "id": name,
+                "sha": repo.commit,
+                "private": bool(repo.token) and not repo.is_gated,
+                "gated": "auto" if repo.is_gated else False,
+                "tags": [],
+                "downloads": 0,
+                "siblings": siblings,
+            }
+            self._send(200, json.dumps(model).encode(), {"Content-Type": "application/json"})
 
-        def _fail(self, status: int, code: str, message: str = "no") -> None:
-            headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-            self._send(status, b"", headers)
+    def _file(self, name: str, revision: str, file: str, token: str) -> None:
+        repo = self._repo(name, revision, token, files=True)
+        if repo is None:
+            return
+        path = repo.directory / file
+        if not path.is_file():
+            self._fail(404, "EntryNotFound")
+            return
+        if not repo.first_bytes:
+            repo.gate.wait()
+        content, etag = repo.read(path)
+        headers = {"ETag": etag, "X-Repo-Commit": repo.commit}
+        start, status = 0, 200
+        if repo.has_ranges and (asked := self.headers.get("Range", "")):
+            self.hub.ranges.append(asked)
+            start, status = int(asked.removeprefix("bytes=").removesuffix("-")), 206
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        cut = repo.cut_bytes if repo.num_cuts and repo.cut_file in ("", file) else 0
+        repo.num_cuts -= 1 if cut and repo.num_cuts > 0 else 0
+        self._send(status, content[start:], headers, repo, cut)
 
-        def _send(
-            self,
-            status: int,
-            body: bytes | memoryview,
-            headers: dict[str, str],
-            repo: Repo | None = None,
-            cut: int = 0,
-        ) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                with suppress(ConnectionError):  # a client that gives up or is killed
-                    self._write(repo, body[: max(0, len(body) - cut)])
-            if cut:
-                self.close_connection = True
+    def _fail(self, status: int, code: str, message: str = "no") -> None:
+        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self._send(status, b"", headers)
 
-        def _write(self, repo: Repo | None, body: bytes | memoryview) -> None:
-            if repo is not None and repo.trickle_seconds:
-                for byte in body:
-                    self.wfile.write(bytes([byte]))
-                    if hub.is_over.wait(repo.trickle_seconds):
-                        return
-            elif repo is not None and repo.bytes_per_second:
-                self._write_at_rate(repo.bytes_per_second, memoryview(body))
-            elif repo is not None and 0 < repo.first_bytes < len(body):
-                self.wfile.write(body[: repo.first_bytes])
-                repo.gate.wait()
-                self.wfile.write(body[repo.first_bytes :])
-            else:
-                self.wfile.write(body)
+    def _send(
+        self,
+        status: int,
+        body: bytes | memoryview,
+        headers: dict[str, str],
+        repo: Repo | None = None,
+        cut: int = 0,
+    ) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            with suppress(ConnectionError):  # a client that gives up or is killed
+                self._write(repo, body[: max(0, len(body) - cut)])
+        if cut:
+            self.close_connection = True
 
-        def _write_at_rate(self, bytes_per_second: float, body: memoryview) -> None:
-            started = time.monotonic()
-            for done in range(0, len(body), _PIECE_BYTES):
-                early = done / bytes_per_second - (time.monotonic() - started)
-                if early > 0 and hub.is_over.wait(early):
+    def _write(self, repo: Repo | None, body: bytes | memoryview) -> None:
+        if repo is not None and repo.trickle_seconds:
+            for byte in body:
+                self.wfile.write(bytes([byte]))
+                if self.hub.is_over.wait(repo.trickle_seconds):
                     return
-                self.wfile.write(body[done : done + _PIECE_BYTES])
+        elif repo is not None and repo.bytes_per_second:
+            self._write_at_rate(repo.bytes_per_second, memoryview(body))
+        elif repo is not None and 0 < repo.first_bytes < len(body):
+            self.wfile.write(body[: repo.first_bytes])
+            repo.gate.wait()
+            self.wfile.write(body[repo.first_bytes :])
+        else:
+            self.wfile.write(body)
 
-    return Handler
+    def _write_at_rate(self, bytes_per_second: float, body: memoryview) -> None:
+        started = time.monotonic()
+        for done in range(0, len(body), _PIECE_BYTES):
+            early = done / bytes_per_second - (time.monotonic() - started)
+            if early > 0 and self.hub.is_over.wait(early):
+                return
+            self.wfile.write(body[done : done + _PIECE_BYTES])
 
 
 def _sibling(repo: Repo, path: Path) -> dict[str, object]:

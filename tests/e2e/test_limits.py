@@ -13,8 +13,9 @@ from tests.e2e.service import serve
 Families = Callable[[str], Family]
 
 
-# Those whose attention or layers go their own ways; the others differ from them in their sizes.
-_TIGHT = ("llama", "mistral", "gemma2", "mixtral", "qwen3_moe")
+# Windows and soft caps, and experts: what the limits could go wrong with beside llama's layers,
+# which have them one at a time.
+_TIGHT = ("gemma2", "mixtral")
 
 
 @pytest.mark.parametrize("name", _TIGHT)

@@ -10,6 +10,8 @@ import pytest
 
 from lorafleet.cache.recipe import Member, MergeRecipe
 from lorafleet.proto.messages import AdapterKey, Tier
+from lorafleet.router.adapter import AdapterPin
+from lorafleet.router.adapters import AdapterDirectory
 from lorafleet.router.errors import AdapterForbidden, AdapterNotFound
 from tests.fake_model import FakeModel
 from tests.fakes import SECRET, FakeConfig, FakeShard
@@ -194,17 +196,25 @@ async def test_a_merge_is_for_those_who_may_use_every_member() -> None:
                 await directory.acquire(merge_of(hub("adapter-1"), hub("nobody")), SECRET)
 
 
+async def begin_anew(
+    directory: AdapterDirectory, shard: FakeShard
+) -> tuple[AdapterKey, AdapterPin, asyncio.Task[AdapterPin]]:
+    """A merge, pinned and in use, and the request that waits because a member has changed."""
+    member = hub("adapter-2")
+    key = merge_of(hub("adapter-1"), member)
+    old = await directory.acquire(key, "")
+    directory.tiers.keep(key)
+    shard.contents[member.id] = "new digest"
+    await directory.drop(member)
+    coming = asyncio.create_task(directory.acquire(key, ""))
+    await until(lambda: key in directory._removals)
+    return key, old, coming
+
+
 async def test_a_merge_is_made_anew_when_a_member_has_changed() -> None:
-    first, second = hub("adapter-1"), hub("adapter-2")
-    key = merge_of(first, second)
     with FakeShard() as shard:
         async with directory_of(shard) as (directory, dropped):
-            old = await directory.acquire(key, "")
-            directory.tiers.keep(key)
-            shard.contents["adapter-2"] = "new digest"
-            await directory.drop(second)
-            coming = asyncio.create_task(directory.acquire(key, ""))
-            await until(lambda: key in directory._removals)
+            key, old, coming = await begin_anew(directory, shard)
             assert not coming.done()  # running requests finish on what they began with
             old.close()
             new = await coming
@@ -229,16 +239,9 @@ async def test_the_callers_token_is_for_the_members() -> None:
 
 
 async def test_a_drop_ends_the_pin_of_a_merge_that_is_being_made_anew() -> None:
-    first, second = hub("adapter-1"), hub("adapter-2")
-    key = merge_of(first, second)
     with FakeShard() as shard:
         async with directory_of(shard) as (directory, _):
-            old = await directory.acquire(key, "")
-            directory.tiers.keep(key)
-            shard.contents["adapter-2"] = "new digest"
-            await directory.drop(second)
-            coming = asyncio.create_task(directory.acquire(key, ""))
-            await until(lambda: key in directory._removals)
+            key, old, coming = await begin_anew(directory, shard)
             dropping = asyncio.create_task(directory.drop(key))
             await asyncio.sleep(0)
             old.close()
