@@ -21,7 +21,7 @@ from lorafleet.shard.transfers import to_device
 
 # Its scratch for partial results of long rows, as its documentation recommends.
 _WORKSPACE_BYTES = 128 << 20
-_TILE = 128
+_TILE = 128  # (token, head of a group) pairs of one block, at most
 _HEAD_DIMS = (64, 128, 256)
 _DTYPES = (torch.float16, torch.bfloat16)
 

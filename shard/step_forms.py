@@ -9,13 +9,13 @@ import torch
 
 from lorafleet.kernels.decode_attention.op import decode_attention
 from lorafleet.kernels.lora.cuda import TILE_TOKENS
-from lorafleet.kernels.lora.op import LoraBatch
+from lorafleet.kernels.lora.op import MAX_DECODE_TOKENS, LoraBatch
 from lorafleet.shard.attention import AttentionKind, PagedBatch
 from lorafleet.shard.flash_attention import CapturedFlash
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.step_inputs import StepInputs
-from lorafleet.shard.token_step import MAX_DECODE_TOKENS, Prompts, TokenStep
+from lorafleet.shard.token_step import Prompts, TokenStep
 
 _PROMPT_SIZES = (128, 256, 384, 512, 640, 768, 896, 1024)
 

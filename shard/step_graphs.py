@@ -16,7 +16,7 @@ import torch
 
 from lorafleet.kernels.decode_attention.op import supports
 from lorafleet.kernels.greedy.op import greedy as greedy_kernel
-from lorafleet.kernels.lora.op import LoraBatch
+from lorafleet.kernels.lora.op import MAX_DECODE_TOKENS, LoraBatch
 from lorafleet.shard.flash_attention import CapturedFlash, FlashAttention
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.model import Decoder
@@ -24,7 +24,7 @@ from lorafleet.shard.rows import RowTable
 from lorafleet.shard.sampling import Draw, greedy
 from lorafleet.shard.step_forms import DecodeForm, PromptForm, StepForm
 from lorafleet.shard.step_inputs import StepInputs
-from lorafleet.shard.token_step import MAX_DECODE_TOKENS, TokenStep
+from lorafleet.shard.token_step import TokenStep
 
 log = logging.getLogger(__name__)
 

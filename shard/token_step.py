@@ -14,11 +14,11 @@ from itertools import accumulate
 
 import torch
 
+from lorafleet.kernels.lora.op import MAX_DECODE_TOKENS
 from lorafleet.proto.messages import StepPlan
 from lorafleet.shard.flash_attention import RowPages
 from lorafleet.shard.rows import RowTable
 
-MAX_DECODE_TOKENS = 256
 # Keys that a step's prompt tokens may read in all, each those of its row by itself.
 _MAX_PROMPT_READS = 1 << 16
 

@@ -80,12 +80,13 @@ class Recipe:
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = _ATTENTION + _MLP
 
 RECIPES = (
     Recipe("r1-q", 1, 4, ("q_proj",)),
     Recipe("r4-qv", 4, 8, ("q_proj", "v_proj")),
     Recipe("r8-attention", 8, 8, _ATTENTION),
-    Recipe("r16-all", 16, 8, _ATTENTION + _MLP),
+    Recipe("r16-all", 16, 8, ALL_LINEAR),
     Recipe("r64-down", 64, 32, ("down_proj",)),
     Recipe("r8-rslora", 8, 6, _MLP, {"use_rslora": True}),
     Recipe("r8-pattern", 8, 16, _ATTENTION, {"rank_pattern": {"o_proj": 3}}),
@@ -94,7 +95,7 @@ RECIPES = (
 
 # These change a linear's output besides adding to it.
 SCALING_RECIPES = (
-    Recipe("r4-dora", 4, 8, _ATTENTION + _MLP, {"use_dora": True}),
+    Recipe("r4-dora", 4, 8, ALL_LINEAR, {"use_dora": True}),
     Recipe("r4-lora-bias", 4, 8, ("v_proj", "o_proj"), {"lora_bias": True}),
 )
 

@@ -36,7 +36,7 @@ Segment = tuple[int, int, int]  # slot, start, stop
 _MAX_GRID_ROWS = 16  # longer segments keep the CPU busy by themselves
 _MAX_PADDING = 2  # rows with padding over rows without, in a grid
 # What the decode form of the kernels is made for; longer segments go to tensor cores.
-_MAX_DECODE_TOKENS = 256
+MAX_DECODE_TOKENS = 256
 _MAX_DECODE_SEGMENT = 16
 # Tokens times their largest rank; beyond, a product's spare warps are too few for the bytes of A.
 _MAX_CARRIED = 1024
@@ -93,7 +93,7 @@ class LoraBatch:
         if self.captured_tiles is not None:
             return False
         longest = max((stop - start for _, start, stop in self.segments), default=1)
-        return len(self.row_slots) <= _MAX_DECODE_TOKENS and longest <= _MAX_DECODE_SEGMENT
+        return len(self.row_slots) <= MAX_DECODE_TOKENS and longest <= _MAX_DECODE_SEGMENT
 
     @cached_property
     def tiles(self) -> torch.Tensor:

@@ -40,7 +40,7 @@ class Budgets:
     def watched(self, service: Service, pause_seconds: float = 0.05) -> Iterator[None]:
         """Looks from a thread until the block ends; AssertionError if a budget was exceeded."""
         over = Event()
-        shards = [grpc.insecure_channel(address) for address in _addresses(service)]
+        shards = [grpc.insecure_channel(address) for address in shard_addresses(service)]
 
         def look(how: Callable[[], None]) -> None:
             while not over.wait(pause_seconds):
@@ -140,7 +140,7 @@ def _files(cache: Path) -> dict[int, int]:
     return found
 
 
-def _addresses(service: Service) -> list[str]:
+def shard_addresses(service: Service) -> list[str]:
     """Of the shards, which only their own command lines tell."""
     found = psutil.Process(service.process.pid).children(recursive=True)
     lines = [process.cmdline() for process in found]

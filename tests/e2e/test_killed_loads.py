@@ -5,20 +5,27 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import aiohttp
+import grpc
 import psutil
 import pytest
 
+from lorafleet.proto import shard_pb2
+from lorafleet.proto.codec import decode, encode
+from lorafleet.proto.messages import AdapterKey, FetchAdapterRequest, FetchProgress, Tier
 from tests.cache.archive_cases import FILES, tar_of
 from tests.cache.hub_stand_in import Hub, Repo
 from tests.cache.proxy import Proxy
 from tests.cache.web_server import WebServer
-from tests.checkpoints import RECIPES, make_adapters, make_checkpoint
+from tests.checkpoints import ALL_LINEAR, RECIPES, Recipe, make_adapters, make_checkpoint
+from tests.e2e.budgets import shard_addresses
 from tests.e2e.oracle import Oracle
 from tests.e2e.questions import ids_of
 from tests.e2e.s3_server import BUCKET, s3_server
@@ -41,12 +48,17 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    root = tmp_path_factory.mktemp("killed")
-    model = make_checkpoint("llama", root / "model")
-    make_adapters(model, root / "adapters", tuple(r for r in RECIPES if r.name == NAME))
-    oracle = Oracle(model, root / "adapters", [NAME])
-    answer = oracle.answer(ids_of(PROMPT), NAME, NEW_TOKENS)
-    return Made(model, root / "adapters" / NAME, answer)
+    recipe = next(recipe for recipe in RECIPES if recipe.name == NAME)
+    return make_made(tmp_path_factory.mktemp("killed"), recipe)
+
+
+def make_made(root: Path, recipe: Recipe, **changes: Any) -> Made:
+    """`changes` are of the model's config."""
+    model = make_checkpoint("llama", root / "model", **changes)
+    make_adapters(model, root / "adapters", (recipe,))
+    oracle = Oracle(model, root / "adapters", [recipe.name])
+    answer = oracle.answer(ids_of(PROMPT), recipe.name, NEW_TOKENS)
+    return Made(model, root / "adapters" / recipe.name, answer)
 
 
 @dataclass
@@ -116,14 +128,14 @@ def resume(proxy: Proxy) -> None:
 async def ask(
     session: aiohttp.ClientSession, source: str, id: str, new_tokens: int = NEW_TOKENS
 ) -> list[int]:
-    """The tokens of the adapter's answer."""
-    parameters = {
-        "adapter_id": id,
-        "adapter_source": source,
+    """The tokens of the adapter's answer, or of the base model's without an `id`."""
+    parameters: dict[str, Any] = {
         "max_new_tokens": new_tokens,
         "ignore_eos_token": new_tokens > NEW_TOKENS,
         "details": True,
     }
+    if id:
+        parameters |= {"adapter_id": id, "adapter_source": source}
     body = {"inputs": PROMPT, "parameters": parameters}
     async with session.post("/generate", json=body) as response:
         answer = await response.json()
@@ -186,23 +198,74 @@ async def test_a_download_is_gone_on_with_and_counted_once(
         assert service.metric("lorafleet_adapter_tier_bytes", tier="disk") == size_of(made)
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """An adapter of 35 MB: beside a running stream it is packed at its pace, for a while."""
+    return make_made(
+        tmp_path_factory.mktemp("large"),
+        Recipe("r512", 512, 8, ALL_LINEAR),
+        hidden_size=512,
+        intermediate_size=1024,
+        initializer_range=0.05,
+    )
+
+
 @pytest.mark.parametrize("module", ["lorafleet.shard", "lorafleet.router"])
 async def test_a_pack_begins_anew_from_what_was_downloaded(
-    made: Made, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    large: Made, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = tmp_path / "cache"
-    flags = (f"--adapter-cache-dir={cache}", "--adapter-disk-bytes=1MiB")
+    cache, id = tmp_path / "cache", "owner/r512"
+    flags = (f"--adapter-cache-dir={cache}", "--adapter-disk-bytes=64MiB")
     with Hub().serve() as hub:
-        hub.repos[f"owner/{NAME}"] = Repo(made.folder)
+        hub.repos[id] = Repo(large.folder)
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-        slow = Slow("hub", f"owner/{NAME}", (), lambda: None)
-        service = start(made.model, tmp_path, *flags)
-        await interrupted(service, slow, module, lambda: bool([*cache.glob("hub/*/download.json")]))
-        with serve(made.model, tmp_path, *flags) as service:
-            assert service.metric("lorafleet_adapter_tier_bytes", tier="disk") == size_of(made)
+        service = start(large.model, tmp_path, *flags)
+        async with service.session() as session:
+            streams = asyncio.create_task(stream_until_the_end(session))
+            with packing(service, AdapterKey("hub", id)) as is_packing:
+                slow = Slow("hub", id, (), lambda: None)
+                await interrupted(service, slow, module, is_packing)
+            await streams
+        with serve(large.model, tmp_path, *flags) as service:
+            assert service.metric("lorafleet_adapter_tier_bytes", tier="disk") == size_of(large)
             async with service.session() as session:
-                assert await ask(session, slow.source, slow.id) == made.answer
-            assert_complete(made, cache)
+                assert await ask(session, "hub", id) == large.answer
+            assert_complete(large, cache)
+
+
+async def stream_until_the_end(session: aiohttp.ClientSession) -> None:
+    """The base model's answers one after the other, so that the shard is never without steps."""
+    with suppress(aiohttp.ClientError, AssertionError):  # of the service
+        while True:
+            await ask(session, "hub", "", 400)
+
+
+@contextmanager
+def packing(service: Service, key: AdapterKey) -> Iterator[Callable[[], bool]]:
+    """Has the shard fetch the adapter; whether it is in the midst of packing it.
+
+    The block must end the shard, and finds that the fetch did not come to its end before.
+    """
+    (address,) = shard_addresses(service)
+    last: list[FetchProgress] = []
+
+    def watch(channel: grpc.Channel) -> None:
+        call = channel.unary_stream(
+            "/lorafleet.v1.Shard/FetchAdapter",
+            shard_pb2.FetchAdapterRequest.SerializeToString,
+            shard_pb2.FetchProgress.FromString,
+        )
+        with suppress(grpc.RpcError):  # the shard was killed
+            for progress in call(encode(FetchAdapterRequest(key, Tier.HOST))):
+                last[:] = [decode(progress)]
+
+    with grpc.insecure_channel(address) as channel:
+        watching = Thread(target=watch, args=(channel,))
+        watching.start()
+        yield lambda: bool(last) and last[0].stage == "packing"
+        watching.join()
+    assert last[0].stage == "packing"
+    assert last[0].done_bytes < last[0].total_bytes
 
 
 def size_of(made: Made) -> int:

@@ -61,6 +61,13 @@ def build(directory: Path, adapters: Sequence[Path], with_graphs: bool) -> Worke
     return Worker(decoder, rows, pool, tier, Mock(), True, FastPath(attention, graphs))
 
 
+def prompts_of(count: int, seed: int) -> list[list[int]]:
+    """Random prompts of PROMPT tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    found: list[list[int]] = torch.randint(3, 250, (count, PROMPT), generator=generator).tolist()
+    return found
+
+
 def run(worker: Worker, slots: list[int], prompts: list[list[int]]) -> list[list[int]]:
     """Greedy tokens of one row per slot, one step queued behind the other."""
     count = len(slots)

@@ -17,7 +17,7 @@ from tests.checkpoints import (
     make_adapters,
     make_checkpoint,
 )
-from tests.shard.cuda_worker import PROMPT, build, regret, run
+from tests.shard.cuda_worker import build, prompts_of, regret, run
 from tests.vocabulary_cases import CASES, load_case, make_case
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -35,11 +35,6 @@ def make(family: str, folder: Path) -> Path:
     )
 
 
-def prompts_of(count: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(6)
-    return torch.randint(3, 250, (count, PROMPT), generator=generator).tolist()
-
-
 def test_parts_beside_plain_adapters_are_as_likely_as_pefts(tmp_path: Path) -> None:
     base, root = make("llama", tmp_path), tmp_path / "adapters"
     recipes = (*SCALING_RECIPES, RECIPES[3])
@@ -49,7 +44,7 @@ def test_parts_beside_plain_adapters_are_as_likely_as_pefts(tmp_path: Path) -> N
     names = [recipe.name for recipe in recipes] + [case.name for case in VOCABULARY]
     worker = build(base, [root / name for name in names], with_graphs=True)
     slots = [0, *range(1, len(names) + 1)]
-    prompts = prompts_of(len(slots))
+    prompts = prompts_of(len(slots), seed=6)
     drawn = run(worker, slots, prompts)
     assert drawn == run(worker, slots, prompts)
     model: Any = AutoModelForCausalLM.from_pretrained(base)
@@ -71,7 +66,7 @@ def test_adapters_of_experts_are_as_likely_as_pefts(family: str, tmp_path: Path)
     names = [recipe.name for recipe in MOE_RECIPES]
     worker = build(base, [root / name for name in names], with_graphs=True)
     slots = list(range(len(names) + 1))
-    prompts = prompts_of(len(slots))
+    prompts = prompts_of(len(slots), seed=6)
     drawn = run(worker, slots, prompts)
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     model.to("cuda")

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from lorafleet.proto.messages import SamplingParams, SequenceStart, StepPlan
 from lorafleet.shard.streams import StepStream
+from lorafleet.shard.worker import Worker
 from tests.checkpoints import RECIPES, make_adapters, make_checkpoint
-from tests.shard.cuda_worker import PROMPT, build, regret, run
+from tests.shard.cuda_worker import PROMPT, build, prompts_of, regret, run
 
 SIZES = [2**power for power in range(4, 20) for _ in range(40)]  # of free blocks, in numbers
 
@@ -34,8 +35,7 @@ def test_tokens_are_as_likely_as_pefts(family: str, tmp_path: Path) -> None:
     )
     make_adapters(base, tmp_path / "adapters")
     slots = list(range(1, 9))
-    generator = torch.Generator().manual_seed(3)
-    prompts = torch.randint(3, 250, (len(slots), PROMPT), generator=generator).tolist()
+    prompts = prompts_of(len(slots), seed=3)
     graphs = build(base, folders(tmp_path), with_graphs=True)
     eager = build(base, folders(tmp_path), with_graphs=False)
     tokens = run(graphs, slots, prompts)
@@ -51,14 +51,18 @@ def test_tokens_are_as_likely_as_pefts(family: str, tmp_path: Path) -> None:
         model = adapted.unload()
 
 
+def small_worker(path: Path) -> Worker:
+    """Of a Llama with every adapter, by graphs."""
+    base = make_checkpoint("llama", path / "model", hidden_size=256, head_dim=64)
+    make_adapters(base, path / "adapters")
+    return build(base, folders(path), with_graphs=True)
+
+
 def test_base_rows_and_mixed_batches_of_every_captured_size(tmp_path: Path) -> None:
-    base = make_checkpoint("llama", tmp_path / "model", hidden_size=256, head_dim=64)
-    make_adapters(base, tmp_path / "adapters")
-    worker = build(base, folders(tmp_path), with_graphs=True)
-    generator = torch.Generator().manual_seed(4)
-    prompts = torch.randint(3, 250, (7, PROMPT), generator=generator).tolist()
+    worker = small_worker(tmp_path)
+    prompts = prompts_of(7, seed=4)
     slots = [0, 3, 3, 0, 5, 0, 1]
-    together = run(worker, slots, prompts)  # 259 tokens: no graph
+    together = run(worker, slots, prompts)  # 259 tokens: the form of longer prompts
     for count in (1, 2, 3, 5):
         assert run(worker, slots[:count], prompts[:count])[0] == together[0]
     assert run(worker, [0] * 7, prompts)[0] == together[0]
@@ -71,8 +75,7 @@ def test_prompts_in_pieces_beside_decoding_rows_are_as_likely_as_pefts(tmp_path:
     )
     make_adapters(base, tmp_path / "adapters")
     worker = build(base, folders(tmp_path), with_graphs=True)
-    generator = torch.Generator().manual_seed(5)
-    prompts = torch.randint(3, 250, (3, PROMPT), generator=generator).tolist()
+    prompts = prompts_of(3, seed=5)
     slots = [2, 3, 3]
     # first positions and tokens of the rows that compute, and which of them draw
     steps: list[list[tuple[int, int, int, bool]]] = [
@@ -116,11 +119,8 @@ def test_prompts_in_pieces_beside_decoding_rows_are_as_likely_as_pefts(tmp_path:
 
 def test_a_graph_owns_what_it_writes(tmp_path: Path) -> None:
     """Memory that is free once all is captured belongs to others, who may fill it."""
-    base = make_checkpoint("llama", tmp_path / "model", hidden_size=256, head_dim=64)
-    make_adapters(base, tmp_path / "adapters")
-    worker = build(base, folders(tmp_path), with_graphs=True)
-    generator = torch.Generator().manual_seed(7)
-    prompts = torch.randint(3, 250, (8, PROMPT), generator=generator).tolist()
+    worker = small_worker(tmp_path)
+    prompts = prompts_of(8, seed=7)
     slots = list(range(1, 9))
     fresh = run(worker, slots, prompts)
     gc.collect()
