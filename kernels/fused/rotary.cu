@@ -131,12 +131,14 @@ __global__ void __launch_bounds__(32 * kWarps)
 // The same for a product whose update comes in tiles: heads of 8 to 128 elements, a power of two.
 // grid (tiles of 128 outputs, token tiles); a lane's 8 outputs lie in one head.
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 5)
+__global__ void __launch_bounds__(kTileThreads, 6)
     rotary_tiles_kernel(T* query, const T* qkv, Pool<T> pool, Tables<T> tables, Heads heads,
                         Pending pending) {
   __shared__ __align__(16) TileOuts<T> tile;
   let_next_begin();
   wait_for_inputs();
+  const TileTokens tokens(pending, blockIdx.y);
+  if (tokens.count == 0) return;  // a captured step has room for more tiles
   const int q_tiles = tiles_in(heads.num * heads.dim), kv_tiles = tiles_in(heads.num_kv * heads.dim);
   const int part = blockIdx.x < q_tiles ? 0 : blockIdx.x < q_tiles + kv_tiles ? 1 : 2;
   const int at = (blockIdx.x - (part > 0 ? q_tiles : 0) - (part > 1 ? kv_tiles : 0)) * kTileOuts;
@@ -144,27 +146,24 @@ __global__ void __launch_bounds__(kTileThreads, 5)
   const int skipped = part == 0 ? 0 : heads.num + (part - 1) * heads.num_kv;
   const int start = skipped * heads.dim + at;
   const int64_t width = (heads.num + 2 * heads.num_kv) * heads.dim;
-  for_each_tile(pending, [&](const TileTokens& tokens) {
-    const T* products = qkv + tokens.first * width + start;
-    fetch_products(tile, {columns, columns - kHalfOuts}, {products, products + kHalfOuts}, width,
-                   tokens.count);
-    const SiteRow& row = row_of(pending.site, tokens.slot);
-    const Half<T> halves[2] = {
-        half_at<T>(pending.site, row, start, columns),
-        half_at<T>(pending.site, row, start + kHalfOuts, columns - kHalfOuts)};
-    expand_tile(tile, halves, pending, tokens);
-    const int c = threadIdx.x % 16 * kWide;
+  const T* products = qkv + tokens.first * width + start;
+  fetch_products(tile, {columns, columns - kHalfOuts}, {products, products + kHalfOuts}, width,
+                 tokens.count);
+  const SiteRow& row = row_of(pending.site, tokens.slot);
+  const Half<T> halves[2] = {half_at<T>(pending.site, row, start, columns),
+                             half_at<T>(pending.site, row, start + kHalfOuts, columns - kHalfOuts)};
+  expand_tile(tile, halves, pending, tokens);
+  const int c = threadIdx.x % 16 * kWide;
 #pragma unroll 2
-    for (int i = 0; i < 8; ++i) {
-      const int t = threadIdx.x / 32 * 16 + 2 * i + threadIdx.x % 32 / 16;
-      const int token = tokens.first + min(t, tokens.count - 1);
-      const Place place{part, 0, (at + c) / heads.dim, (at + c) % heads.dim,
-                        t < tokens.count && c < columns};
-      Vec<T> x{};
-      if (place.valid) x = Vec<T>::load(&tile[t][c]);
-      finish(x, query, pool, tables, heads, place, token, pool.locations[token]);
-    }
-  });
+  for (int i = 0; i < 8; ++i) {
+    const int t = threadIdx.x / 32 * 16 + 2 * i + threadIdx.x % 32 / 16;
+    const int token = tokens.first + min(t, tokens.count - 1);
+    const Place place{part, 0, (at + c) / heads.dim, (at + c) % heads.dim,
+                      t < tokens.count && c < columns};
+    Vec<T> x{};
+    if (place.valid) x = Vec<T>::load(&tile[t][c]);
+    finish(x, query, pool, tables, heads, place, token, pool.locations[token]);
+  }
 }
 
 template <typename T>
@@ -182,8 +181,8 @@ int rotary(void* query, const void* qkv, const void* cos, const void* sin, void*
   const T* x = static_cast<const T*>(qkv);
   if (pending != nullptr && pending->tiles != nullptr) {
     if (kTileOuts % heads.dim != 0) return cudaErrorInvalidValue;
-    const int columns = tiles_in(heads.num * heads.dim) + 2 * tiles_in(heads.num_kv * heads.dim);
-    const dim3 tiles(columns, tile_blocks(*pending, columns));
+    const dim3 tiles(tiles_in(heads.num * heads.dim) + 2 * tiles_in(heads.num_kv * heads.dim),
+                     pending->num_tiles);
     return launch(rotary_tiles_kernel<T>, tiles, kTileThreads, 0, stream, q, x, pool, tables, heads,
                   *pending);
   }

@@ -206,36 +206,35 @@ __global__ void __launch_bounds__(32 * kWarps, 6)
 
 // The same for tiles. grid (tiles of 64 outputs, token tiles).
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 7)
+__global__ void __launch_bounds__(kTileThreads, 8)
     silu_mul_tiles_kernel(T* out, const T* gate_up, int width, Pending pending) {
   __shared__ __align__(16) TileOuts<T> tile;  // of gate, then of up
   let_next_begin();
   wait_for_inputs();
+  const TileTokens tokens(pending, blockIdx.y);
+  if (tokens.count == 0) return;  // a captured step has room for more tiles
   const int start = blockIdx.x * kHalfOuts, columns = width - start;
-  for_each_tile(pending, [&](const TileTokens& tokens) {
-    const T* gate = gate_up + static_cast<int64_t>(tokens.first) * 2 * width + start;
-    fetch_products(tile, {columns, columns}, {gate, gate + width}, 2 * width, tokens.count);
-    const SiteRow& row = row_of(pending.site, tokens.slot);
-    const Half<T> halves[2] = {half_at<T>(pending.site, row, start, columns),
-                               half_at<T>(pending.site, row, width + start, columns)};
-    expand_tile(tile, halves, pending, tokens);
+  const T* gate = gate_up + static_cast<int64_t>(tokens.first) * 2 * width + start;
+  fetch_products(tile, {columns, columns}, {gate, gate + width}, 2 * width, tokens.count);
+  const SiteRow& row = row_of(pending.site, tokens.slot);
+  const Half<T> halves[2] = {half_at<T>(pending.site, row, start, columns),
+                             half_at<T>(pending.site, row, width + start, columns)};
+  expand_tile(tile, halves, pending, tokens);
 #pragma unroll
-    for (int i = threadIdx.x % 32; i < 16 * kHalfOuts / kWide; i += 32) {
-      const int t = threadIdx.x / 32 * 16 + i / (kHalfOuts / kWide);
-      const int c = i % (kHalfOuts / kWide) * kWide;
-      if (t >= tokens.count || c >= columns) continue;
-      silu_times(Vec<T>::load(&tile[t][c]), Vec<T>::load(&tile[t][kHalfOuts + c]))
-          .store(out + static_cast<int64_t>(tokens.first + t) * width + start + c);
-    }
-  });
+  for (int i = threadIdx.x % 32; i < 16 * kHalfOuts / kWide; i += 32) {
+    const int t = threadIdx.x / 32 * 16 + i / (kHalfOuts / kWide);
+    const int c = i % (kHalfOuts / kWide) * kWide;
+    if (t >= tokens.count || c >= columns) continue;
+    silu_times(Vec<T>::load(&tile[t][c]), Vec<T>::load(&tile[t][kHalfOuts + c]))
+        .store(out + static_cast<int64_t>(tokens.first + t) * width + start + c);
+  }
 }
 
 template <typename T>
 int silu_mul_pending(T* out, const T* gate_up, int rows, int width, const Pending& pending,
                      cudaStream_t stream) {
   if (pending.tiles != nullptr) {
-    const int columns = (width + kHalfOuts - 1) / kHalfOuts;
-    const dim3 grid(columns, tile_blocks(pending, columns));
+    const dim3 grid((width + kHalfOuts - 1) / kHalfOuts, pending.num_tiles);
     return launch(silu_mul_tiles_kernel<T>, grid, kTileThreads, 0, stream, out, gate_up, width,
                   pending);
   }

@@ -122,27 +122,25 @@ __global__ void __launch_bounds__(kTileThreads, 6)
   __shared__ __align__(16) TileOuts<T> outs;
   let_next_begin();
   wait_for_inputs();
-  for_each_tile(pending, [&](const TileTokens& tokens) {
-    const SiteRow& row = row_of(pending.site, tokens.slot);
-    Tile tile;
-    if (!find_tile(pending.site, row, blockIdx.x, kTileOuts, tile)) return;
-    const int columns = tile.width - tile.start, start = tile.y_start + tile.start;
-    const Half<T> halves[2] = {
-        half_at<T>(pending.site, row, start, columns),
-        half_at<T>(pending.site, row, start + kHalfOuts, columns - kHalfOuts)};
-    T* y_tile = y + static_cast<int64_t>(tokens.first) * y_width + start;
-    fetch_products(outs, {columns, columns - kHalfOuts}, {y_tile, y_tile + kHalfOuts}, y_width,
-                   tokens.count);
-    expand_tile(outs, halves, pending, tokens);
+  const TileTokens tokens(pending, blockIdx.y);
+  if (tokens.count == 0) return;  // a captured step has room for more tiles
+  const SiteRow& row = row_of(pending.site, tokens.slot);
+  Tile tile;
+  if (!find_tile(pending.site, row, blockIdx.x, kTileOuts, tile)) return;
+  const int columns = tile.width - tile.start, start = tile.y_start + tile.start;
+  const Half<T> halves[2] = {half_at<T>(pending.site, row, start, columns),
+                             half_at<T>(pending.site, row, start + kHalfOuts, columns - kHalfOuts)};
+  T* y_tile = y + static_cast<int64_t>(tokens.first) * y_width + start;
+  fetch_products(outs, {columns, columns - kHalfOuts}, {y_tile, y_tile + kHalfOuts}, y_width, tokens.count);
+  expand_tile(outs, halves, pending, tokens);
 #pragma unroll
-    for (int i = threadIdx.x % 32; i < 16 * kTileOuts / kWide; i += 32) {
-      const int t = threadIdx.x / 32 * 16 + i / (kTileOuts / kWide);
-      const int c = i % (kTileOuts / kWide) * kWide;
-      if (t < tokens.count && c < columns)
-        *reinterpret_cast<uint4*>(y_tile + static_cast<int64_t>(t) * y_width + c) =
-            load16(&outs[t][c]);
-    }
-  });
+  for (int i = threadIdx.x % 32; i < 16 * kTileOuts / kWide; i += 32) {
+    const int t = threadIdx.x / 32 * 16 + i / (kTileOuts / kWide);
+    const int c = i % (kTileOuts / kWide) * kWide;
+    if (t < tokens.count && c < columns)
+      *reinterpret_cast<uint4*>(y_tile + static_cast<int64_t>(t) * y_width + c) =
+          load16(&outs[t][c]);
+  }
 }
 
 template <typename T>
@@ -162,8 +160,7 @@ int shrink(float* partial, int* arrived, const void* x, const Pending& pending,
 
 template <typename T>
 int expand(void* y, const Pending& pending, cudaStream_t stream) {
-  const int columns = tiles_of(pending.site, kTileOuts);
-  const dim3 grid(columns, tile_blocks(pending, columns));
+  const dim3 grid(tiles_of(pending.site, kTileOuts), pending.num_tiles);
   return launch(expand_prefill_kernel<T>, grid, kTileThreads, 0, stream, static_cast<T*>(y),
                 pending, width_of(pending.site));
 }

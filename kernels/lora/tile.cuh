@@ -3,8 +3,6 @@
 
 #include "expand.cuh"
 
-#include <algorithm>
-
 namespace lorafleet {
 
 constexpr int kTileTokens = 64;
@@ -22,25 +20,6 @@ struct TileTokens {
         first(pending.tiles[3 * index + 1]),
         count(pending.tiles[3 * index + 2] - first) {}
 };
-
-// A block's tiles: every gridDim.y-th. Those without tokens come last.
-template <typename Act>
-__device__ void for_each_tile(const Pending& pending, Act&& act) {
-  for (int i = blockIdx.y; i < pending.num_tiles; i += gridDim.y) {
-    const TileTokens tokens(pending, i);
-    if (tokens.count <= 0) return;
-    act(tokens);
-    __syncwarp();  // a warp's rows in shared memory are its own
-  }
-}
-
-// How many blocks share the tiles, `columns` blocks each: of a captured step's tiles most may be
-// empty, and a block for each of those would take longer to begin than the others to compute.
-inline int tile_blocks(const Pending& pending, int columns) {
-  constexpr int kBlocks = 2048;
-  const int full = (pending.num_tokens + kTileTokens - 1) / kTileTokens;
-  return std::min(pending.num_tiles, std::max(full, kBlocks / columns));
-}
 
 // 64 outputs of a tile, of which the first `columns` are there.
 template <typename T>
