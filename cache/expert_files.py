@@ -6,21 +6,30 @@
   and one B [out, rank * experts] for all of a layer's experts. A's rows run over an expert's ranks
   first, B's columns over the experts first (peft 0.21, `ParamWrapper.get_delta_factors`). peft
   wraps gate_up_proj first, so that with both it is `...experts.base_layer`, else `...experts`.
+- `...experts.w1`, `w3` and `w2` (gate, up, down), or `gate_up_proj` and `down_proj`, with one
+  A [experts, rank, in] and one B [experts, out, rank]; a first dimension of 1 is every expert's.
+  This "shared outer" form (vLLM's `enable_moe_shared_loras`, SGLang's `experts_shared_outer_loras`,
+  Tinker's and Megatron-Bridge's exports) shares A of gate and up and B of down. peft has no reader.
 - `mlp.gate`: the router, by the name it has since transformers 5.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.layout import ModelLayout, MoeLayer
-from lorafleet.cache.linear_tensors import LORA_A, LORA_B
+from lorafleet.cache.linear_tensors import LORA_A
 from lorafleet.cache.peft_config import PeftConfig, ends_of
 from lorafleet.cache.safetensors_file import TensorCut, TensorRef
 
 Modules = dict[str, dict[str, TensorRef]]  # module name -> its tensors by kind
-
+Experts = list[tuple[str, ...]]  # each one's targets that a tensor is for, outputs in order
+Index = tuple[int | slice, ...]
 
 _PARAMETERS = ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+# Stacked linears, and which of an expert's (gate, up, down) each is, outputs in this order.
+_STACKED = {"w1": (0,), "w3": (1,), "w2": (2,), "gate_up_proj": (0, 1), "down_proj": (2,)}
 
 
 class ExpertFiles:
@@ -59,6 +68,11 @@ class ExpertFiles:
 
     def _unfold_layer(self, layer: MoeLayer) -> None:
         wrapper = f"{layer.path}.experts"
+        for path in dict.fromkeys((wrapper, layer.experts[0][0].rsplit(".", 2)[0])):
+            for name, places in _STACKED.items():
+                experts = [tuple(expert[place] for place in places) for expert in layer.experts]
+                for kind, tensor in self.modules.pop(f"{path}.{name}", {}).items():
+                    self._unfold_stack(kind, tensor, f"{path}.{name}", experts)
         if not self.modules.keys() & {wrapper, f"{wrapper}.base_layer"}:
             return
         parameters: dict[str, list[tuple[str, ...]]] = {
@@ -71,24 +85,72 @@ class ExpertFiles:
             for kind, tensor in self.modules.pop(name, {}).items():
                 self._unfold(kind, tensor, parameter, parameters[parameter])
 
-    def _unfold(
-        self, kind: str, tensor: TensorRef, parameter: str, experts: list[tuple[str, ...]]
+    def _unfold(self, kind: str, tensor: TensorRef, parameter: str, experts: Experts) -> None:
+        """Cuts a tensor that has all experts' ranks in one dimension."""
+        rank, count = self._config.rank_of(parameter), len(experts)
+        ins, outs = self._features(experts)
+        if kind == LORA_A:
+            self._check_shape(kind, tensor, parameter, (count * rank, ins))
+            view: tuple[int, ...] = (count, rank, ins)
+        else:
+            self._check_shape(kind, tensor, parameter, (outs, rank * count))
+            view = (outs, rank, count)
+
+        def index(expert: int, outputs: slice) -> Index:
+            return (expert,) if kind == LORA_A else (outputs, slice(None), expert)
+
+        self._put_cuts(kind, tensor, parameter, experts, view, index)
+
+    def _unfold_stack(self, kind: str, tensor: TensorRef, name: str, experts: Experts) -> None:
+        """Cuts a tensor whose first dimension is the experts, or 1 for all of them alike."""
+        rank = self._config.rank_of(name)
+        ins, outs = self._features(experts)
+        matrix = (rank, ins) if kind == LORA_A else (outs, rank)
+        is_shared = tensor.shape[:1] == (1,)
+        self._check_shape(kind, tensor, name, (1 if is_shared else len(experts), *matrix))
+
+        def index(expert: int, outputs: slice) -> Index:
+            number = 0 if is_shared else expert
+            return (number,) if kind == LORA_A else (number, outputs)
+
+        self._put_cuts(kind, tensor, name, experts, tensor.shape, index)
+
+    def _features(self, experts: Experts) -> tuple[int, int]:
+        """Inputs, and outputs of all the linears that one expert has of these."""
+        first = self._targets[experts[0][0]]
+        return first.in_features, len(experts[0]) * first.out_features
+
+    def _check_shape(
+        self, kind: str, tensor: TensorRef, parameter: str, wanted: tuple[int, ...]
     ) -> None:
-        """Cuts one tensor of all experts; `experts` names each one's targets, outputs in order."""
-        rank, first = self._config.rank_of(parameter), self._targets[experts[0][0]]
-        outs = len(experts[0]) * first.out_features
-        width = rank * len(experts)
-        wanted = (width, first.in_features) if kind == LORA_A else (outs, width)
         if tensor.shape != wanted:
             raise AdapterUnservable(
                 f"{kind} of {parameter} has shape {list(tensor.shape)}; with the config's "
                 f"rank it must be {list(wanted)} on {self._layout.model_id}; the adapter was made "
                 f"for {shown(self._config.base_model)}."
             )
+
+    def _put_cuts(
+        self,
+        kind: str,
+        tensor: TensorRef,
+        parameter: str,
+        experts: Experts,
+        view: tuple[int, ...],
+        index: Callable[[int, slice], Index],
+    ) -> None:
+        """Each linear's A [rank, in] or B [out, rank], where `index` has it in `view`."""
+        rank, outs = self._config.rank_of(parameter), self._targets[experts[0][0]].out_features
+        share = tensor.nbytes // (len(experts) * len(experts[0]))
         for expert, names in enumerate(experts):
-            for part, name in enumerate(names):
-                places = (expert, len(experts)), (part, len(names))
-                self._put(name, {kind: _cut(kind, tensor, rank, *places)}, parameter)
+            for place, name in enumerate(names):
+                target = self._targets[name]
+                shape = (rank, target.in_features) if kind == LORA_A else (outs, rank)
+                cut = TensorCut(
+                    tensor.name, tensor.dtype, shape, tensor.offset, share, tensor.file,
+                    tensor, view, index(expert, slice(place * outs, (place + 1) * outs)),
+                )  # fmt: skip
+                self._put(name, {kind: cut}, parameter)
 
     def _put(self, target: str, tensors: dict[str, TensorRef], config_name: str) -> None:
         if target in self.modules and self._config_names.get(target) != config_name:
@@ -97,22 +159,3 @@ class ExpertFiles:
             )
         self._config_names[target] = config_name
         self.modules.setdefault(target, {}).update(tensors)
-
-
-def _cut(
-    kind: str, tensor: TensorRef, rank: int, expert: tuple[int, int], part: tuple[int, int]
-) -> TensorCut:
-    """One target's A [rank, in] or B [out, rank]; `expert` and `part` each with their number."""
-    number, num_experts = expert
-    rows, columns = tensor.shape
-    view, shape = (num_experts, rank, columns), (rank, columns)
-    index: tuple[int | slice, ...] = (number,)
-    if kind == LORA_B:
-        out_features = rows // part[1]
-        outputs = slice(part[0] * out_features, (part[0] + 1) * out_features)
-        view, shape = (rows, rank, num_experts), (out_features, rank)
-        index = (outputs, slice(None), number)
-    share = tensor.nbytes // (num_experts * part[1])
-    return TensorCut(
-        tensor.name, tensor.dtype, shape, tensor.offset, share, tensor.file, tensor, view, index
-    )

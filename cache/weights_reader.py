@@ -21,7 +21,7 @@ _TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F64": torch.float64,
 }
-_MAX_CUT = 4  # A and B of gate_up and of down: a layer of experts
+_MAX_CUT = 6  # A and B of gate, of up and of down: a layer of experts
 
 
 class WeightsReader:

@@ -27,7 +27,7 @@ from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
 from tests.checkpoints import Recipe, make_adapters, make_checkpoint
-from tests.expert_adapters import EACH, write_each
+from tests.expert_adapters import EACH, write_each, write_shared_outer
 
 CPU = torch.device("cpu")
 LENGTH, MAX_RANK = 14, 64
@@ -162,6 +162,21 @@ def test_an_experts_gate_alone_is_served(made: Made) -> None:
     assert (found - made.logits([prompt], [0])[0]).abs().max() > 0.01 * expected.abs().max()
 
 
+@pytest.mark.parametrize(("fuse", "slot"), [(False, 13), (True, 14)])
+def test_outer_sides_that_all_experts_share(made: Made, fuse: bool, slot: int) -> None:
+    """peft reads them only written out for each expert; the answers are the same."""
+    single, stacked = (made.adapters / f"{form}-{fuse}" for form in ("single", "stacked"))
+    write_shared_outer(made.adapters / EACH, single, stacked, fuse)
+    sizes = [(path / WEIGHTS).stat().st_size for path in (stacked, single)]
+    assert sizes[0] < 0.8 * sizes[1]
+    made.move(stacked.name, slot)
+    prompt = list(range(90, 90 + LENGTH))
+    expected = made.expected(prompt, single.name)
+    found = made.logits([prompt], [slot])[0]
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (found - made.expected(prompt, EACH)).abs().max() > 0.01 * expected.abs().max()
+
+
 def test_two_ranks_hold_an_adapter_once(made: Made) -> None:
     """The ranks' B(A(x)) over their parts, joined or summed, are the whole layer's."""
     one = made.decoder.layout
@@ -265,6 +280,11 @@ def test_what_is_not_the_experts_is_refused_by_name(made: Made, tmp_path: Path) 
     assert "mlp.experts.base_layer', which is not among" in refusal(
         made, tmp_path / "g", "both", target_parameters=BOTH[1:]
     )
+    for shape in ((1, 5, hidden), (experts - 1, 4, hidden), (4, hidden)):
+        assert f"lora_A of model.layers.1.mlp.experts.w1 has shape {list(shape)}" in refusal(
+            made, tmp_path / f"w1-{len(shape)}-{shape[0]}", "both",
+            **{f"{layer}.w1.lora_A.weight": torch.zeros(shape)},
+        )  # fmt: skip
     single = made.decoder.layout.moe[0].experts[0][2]
     assert f"{single} twice" in refusal(
         made, tmp_path / "h", "both",
