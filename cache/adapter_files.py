@@ -19,7 +19,7 @@ from lorafleet.cache.peft_config import MAX_CONFIG_BYTES, parse_config
 from lorafleet.cache.pickled_file import read_pickled_header
 from lorafleet.cache.safetensors_file import TensorRef, read_header
 from lorafleet.cache.tokenizer_files import check_size
-from lorafleet.cache.vocabulary_parts import Differing, is_vocabulary, vocabulary_parts
+from lorafleet.cache.vocabulary_parts import Differing, vocabulary_name, vocabulary_parts
 from lorafleet.cache.weight_files import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -187,11 +187,14 @@ def _split(
     tensors: dict[str, TensorRef],
 ) -> tuple[dict[str, TensorRef], dict[str, TensorRef]]:
     """Tensors of linear layers by full name, and the vocabulary's without peft's prefix."""
-    linear, vocabulary = {}, {}
+    linear: dict[str, TensorRef] = {}
+    vocabulary: dict[str, TensorRef] = {}
     for name, tensor in tensors.items():
-        inner = name.removeprefix(PREFIX)
-        if name.startswith(PREFIX) and is_vocabulary(inner):
-            vocabulary[inner] = tensor
-        else:
+        inner = vocabulary_name(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+        if inner is None:
             linear[name] = tensor
+        elif inner in vocabulary:
+            raise AdapterUnservable(f"{inner} is there twice, under different names.")
+        else:
+            vocabulary[inner] = tensor
     return linear, vocabulary

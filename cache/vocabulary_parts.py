@@ -45,6 +45,7 @@ DTYPES = ("F32", "F16", "BF16", "F64")
 NUM_DIGITS = 3
 DIGIT_BASE = 256  # every float type has the integers up to here
 
+_UNEMBED = "model.unembed_tokens."
 _TABLE, _DELTA, _ROWS, _BASIS = "table", "delta", "rows", "basis"
 # What a tensor is, by the end of its name; of several for the same, the first one counts.
 _BOTH = {
@@ -81,9 +82,14 @@ class _Change:
         return self.table.shape[0] if self.table.shape else 0
 
 
-def is_vocabulary(module: str) -> bool:
-    """Whether a tensor's name without peft's prefix belongs to one of the two layers."""
-    return any(module.startswith(f"{name}.") for name in (EMBEDDING, HEAD))
+def vocabulary_name(name: str) -> str | None:
+    """The name, here, of a tensor of one of the two layers; None for any other tensor.
+
+    `name` is without peft's prefix. Tinker's exports call the head `model.unembed_tokens`.
+    """
+    if name.startswith(_UNEMBED):
+        return f"{HEAD}.{name.removeprefix(_UNEMBED)}"
+    return name if name.startswith((f"{EMBEDDING}.", f"{HEAD}.")) else None
 
 
 def vocabulary_parts(

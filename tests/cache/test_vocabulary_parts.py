@@ -125,6 +125,21 @@ def test_ranks_of_the_vocabularys_lora_count(tmp_path: Path) -> None:
     assert (spec.rank, spec.target_modules) == (9, ["embed_tokens", "q_proj"])
 
 
+def test_the_head_has_another_name_in_tinkers_exports(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(4, HIDDEN), torch.randn(VOCAB, 4)
+    peft = {f"{HEAD}.lora_A.weight": a, f"{HEAD}.lora_B.weight": b}
+    tinker = {name.replace("lm_head", "model.unembed_tokens"): t for name, t in peft.items()}
+    wanted, found = (
+        parts(write(tmp_path / "a", peft), 0, 2),
+        parts(write(tmp_path / "b", tinker), 0, 2),
+    )
+    assert wanted.keys() == found.keys() == {"lm_head.lora_rows", "lm_head.lora_basis"}
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    both = peft | {name: t.clone() for name, t in tinker.items()}
+    assert "twice" in refusal(tmp_path / "both", both)
+
+
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     weights = table(VOCAB)
     weights[50, 3] = torch.nan
