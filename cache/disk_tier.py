@@ -83,36 +83,46 @@ class DiskTier:
                     path.unlink(missing_ok=True)
 
     def get_or_put(
-        self, key: AdapterKey, plan: Callable[[], tuple[Download, Fill]]
+        self, key: AdapterKey, plan: Callable[[], tuple[Download, Fill]], refresh: bool = False
     ) -> tuple[Download, bool]:
-        """The download, made as planned if it is not there; and whether this call made it.
+        """The download, made as planned if it is not there; and whether this call planned it.
 
-        Callers of one adapter share the work: the first does it, the others wait.
+        With `refresh` one from before this call is planned anew, and made if its content is
+        another. Callers of one adapter share the work: the first does it, the others wait.
         """
-        if download := self.get(key):
+        began = time.time()
+        if not refresh and (download := self.get(key)):
             return download, False
         with self.lock(key):
-            if download := self.get(key):
-                return download, False
-            return self.put(*plan()), True
+            held = self.get(key)
+            if held and not (refresh and self._made_at(key) < began):
+                return held, False
+            planned, fill = plan()
+            if held and held.commit and held.commit == planned.commit:
+                if held.is_restricted != planned.is_restricted:
+                    held = replace(held, is_restricted=planned.is_restricted)
+                    _write_record(self.path(key) / _RECORD_FILE, held)
+                return held, True
+            return self.put(planned, fill), True
 
     def put(self, download: Download, fill: Fill) -> Download:
         """Lets `fill` write the files aside, then makes them the adapter. The caller holds `lock`.
 
         `fill` finds what an earlier try left of the same content. A source that breaks off and a
         full disk leave what there is for the next try; whatever else `fill` raises leaves nothing.
+        A complete download of other content stays until this one is complete.
         """
         aside, path = self._aside(download.key), self.path(download.key)
         left = _read_record(aside / _PARTIAL_FILE)
         if left is None or not left.commit or left.commit != download.commit:
             shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(path, ignore_errors=True)  # what no record of ours is with
         try:
             self.reserve(download)
             done = replace(download, nbytes=fill(aside))
             (aside / _PARTIAL_FILE).unlink()
             _write_record(aside / _RECORD_FILE, done)
             path.parent.mkdir(exist_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
             aside.rename(path)
         except (SourceUnavailable, SourceTimeout, TierFull):
             raise
@@ -158,10 +168,13 @@ class DiskTier:
         return self._directory / _PARTIAL / _name(key)
 
     def _used_besides(self, key: AdapterKey) -> int:
-        """Bytes of complete downloads, and bytes promised to those under way."""
+        """Bytes of complete downloads, and bytes promised to others under way."""
         asides = (_read_record(path / _PARTIAL_FILE) for path in self._asides())
-        records = [*self.list(), *(record for record in asides if record is not None)]
-        return sum(record.nbytes for record in records if record.key != key)
+        others = (record for record in asides if record is not None and record.key != key)
+        return sum(record.nbytes for record in (*self.list(), *others))
+
+    def _made_at(self, key: AdapterKey) -> float:
+        return (self.path(key) / _RECORD_FILE).stat().st_mtime
 
     def _asides(self) -> Iterator[Path]:
         return (self._directory / _PARTIAL).glob("*/*")

@@ -21,6 +21,7 @@ from lorafleet.cache.sources.catalog import SourceConfig, open_sources
 from lorafleet.cache.sources.source import AdapterSource, Progress
 from lorafleet.cache.tokenizer_files import read_tokenizer
 from lorafleet.proto.messages import (
+    AdapterContent,
     AdapterInfo,
     AdapterKey,
     AdapterTokenizer,
@@ -84,26 +85,37 @@ class AdapterStore:
     def fetch(self, request: FetchAdapterRequest, progress: Progress) -> AdapterInfo:
         """Raises an adapter to DISK (found, valid, sized) or HOST (packed as well).
 
-        An adapter that is held is held as it was read, whatever its source has by now; `drop`
-        forgets it. Raises AdapterFault subclasses; `progress` must not raise.
+        An adapter that is held is held as it was read, whatever its source has by now, unless a
+        `refresh` is asked for: then what is there is the adapter, and older content stays in host
+        memory, for those who know its digest, until it is dropped. Raises AdapterFault subclasses;
+        `progress` must not raise.
         """
         key = request.key
         source = self._source(key)
         with self._locks.hold(key):
-            if self._host.get(key) is not None:
+            held = self._adapters.get(key)
+            if held is not None and self._holds(held) and not request.refresh:
                 source.authorize(key, request.api_token)
-                return self._info(self._adapters[key])
-            directory = source.fetch(key, request.api_token, progress)
+                return self._info(held)
+            directory = source.fetch(key, request.api_token, progress, request.refresh)
             adapter = self._read(key, directory, progress)
-            if request.tier >= Tier.HOST:
+            if request.tier >= Tier.HOST and not self._holds(adapter):
                 self._pack(adapter, progress)
             return self._info(adapter)
 
     def drop(self, request: DropAdapterRequest) -> None:
-        """Forgets an adapter's copy in a tier and above; what is not there is dropped already."""
+        """Forgets an adapter's copy in a tier and above; what is not there is dropped already.
+
+        Other contents than the digest's stay in host memory, if there is one.
+        """
         key = request.key
         with self._locks.hold(key):
-            self._host.drop(key)
+            if request.digest:
+                self._host.drop(AdapterContent(key, request.digest))
+            else:
+                for content in self._host.contents():
+                    if content.key == key:
+                        self._host.drop(content)
             if request.tier <= Tier.DISK:
                 self._adapters.pop(key, None)
                 if source := self._sources.get(key.source):
@@ -125,9 +137,9 @@ class AdapterStore:
                 except AdapterUnservable:
                     infos.append(_hidden(key, source.disk_bytes(key)))
             infos += [_hidden(key, source.disk_bytes(key)) for key in source.list_restricted()]
-        held = self._host.keys()  # of one moment, so that together they fit the budget
+        held = self._host.contents()  # of one moment, so that together they fit the budget
         return [
-            replace(info, tier=Tier.HOST if info.key in held else Tier.DISK)
+            replace(info, tier=Tier.HOST if info.content in held else Tier.DISK)
             for info in infos
             if info.is_public or info.disk_bytes
         ]
@@ -141,12 +153,20 @@ class AdapterStore:
             found = read_tokenizer(adapter.spec.directory)
             return AdapterTokenizer(found.digest, found.tokenizer_json, found.config_json)
 
-    def host(self, key: AdapterKey) -> PackedAdapter:
+    def host(self, content: AdapterContent) -> PackedAdapter:
         """The packed adapter, for a move to the device. Raises AdapterNotFound when not at HOST."""
-        packed = self._host.get(key)
+        packed = self._host.get(content)
         if packed is None:
-            raise AdapterNotFound(f"{shown(str(key))} is not in host memory.")
+            raise AdapterNotFound(f"{shown(str(content.key))} is not in host memory.")
         return packed
+
+    def drop_superseded(self) -> None:
+        """Forgets contents that only those who began before a refresh know. Waits for no work."""
+        for content in self._host.contents():
+            with self._locks.hold(content.key, wait=False) as is_held:
+                present = self._adapters.get(content.key)
+                if is_held and (present is None or present.digest != content.digest):
+                    self._host.drop(content)
 
     def _source(self, key: AdapterKey) -> AdapterSource:
         source = self._sources.get(key.source)
@@ -167,10 +187,14 @@ class AdapterStore:
     def _glance(self, key: AdapterKey, directory: Path) -> _Adapter:
         """The adapter as known, or as its headers say. Raises AdapterUnservable."""
         known = self._adapters.get(key)
-        if known is not None and (self._host.get(key) is not None or known.spec.is_current()):
+        if known is not None and (self._holds(known) or known.spec.is_current()):
             return known
         adapter = self._adapters[key] = self._headers(key, directory)
         return adapter
+
+    def _holds(self, adapter: _Adapter) -> bool:
+        """Whether host memory has this content."""
+        return self._host.get(AdapterContent(adapter.key, adapter.digest)) is not None
 
     def _headers(self, key: AdapterKey, directory: Path) -> _Adapter:
         """The adapter as its headers say. Raises AdapterUnservable."""
@@ -178,8 +202,10 @@ class AdapterStore:
         return _Adapter(key, spec, spec.form(self._layout, self._dtype.itemsize))
 
     def _read(self, key: AdapterKey, directory: Path, progress: Progress) -> _Adapter:
-        """The adapter with its digest. Raises AdapterUnservable."""
-        adapter = self._glance(key, directory)
+        """The adapter with its digest, as its files are now. Raises AdapterUnservable."""
+        known = self._adapters.get(key)
+        is_current = known is not None and known.spec.is_current()
+        adapter = known if known and is_current else self._headers(key, directory)
         if not adapter.digest:
             total = adapter.spec.nbytes
             digest = digest_files(
@@ -216,7 +242,7 @@ class AdapterStore:
             progress(FetchProgress("packing", done, total))
 
         self._host.put(
-            adapter.key,
+            AdapterContent(adapter.key, adapter.digest),
             adapter.form,
             lambda packed: pack(adapter.spec, self._layout, packed, report),
         )
@@ -230,7 +256,7 @@ class AdapterStore:
             packed_bytes=adapter.form.nbytes,
             disk_bytes=self._sources[key.source].disk_bytes(key),
             target_modules=adapter.spec.target_modules,
-            tier=Tier.DISK if self._host.get(key) is None else Tier.HOST,
+            tier=Tier.HOST if self._holds(adapter) else Tier.DISK,
             piece_bytes=adapter.form.piece_bytes,
             vocab_size=adapter.spec.num_tokens,
             tokenizer_digest=adapter.tokenizer_digest,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class Tier(IntEnum):
@@ -84,6 +85,13 @@ class AdapterKey:
         return f"{self.id}@{self.revision}" if self.revision else self.id
 
 
+class AdapterContent(NamedTuple):
+    """What an adapter is for as long as its source does not change it; not a message."""
+
+    key: AdapterKey
+    digest: str  # AdapterInfo.digest
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterMove:
     """Host to device arena, bound to a slot."""
@@ -92,6 +100,7 @@ class AdapterMove:
     slot: int
     extent_offsets: list[int]
     extent_bytes: list[int]
+    digest: str
 
 
 @dataclass(slots=True)
@@ -132,6 +141,7 @@ class FetchAdapterRequest:
     key: AdapterKey
     tier: Tier
     api_token: str = field(default="", repr=False)
+    refresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +159,11 @@ class AdapterInfo:
     vocab_size: int = 0
     tokenizer_digest: str = ""
     is_public: bool = True
+
+    @property
+    def content(self) -> AdapterContent:
+        """The adapter as it is now."""
+        return AdapterContent(self.key, self.digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +187,8 @@ class FetchProgress:
 
 @dataclass(frozen=True, slots=True)
 class DropAdapterRequest:
-    """Forget an adapter in a tier and above."""
+    """Forget an adapter in a tier and above; with a digest no other content of it."""
 
     key: AdapterKey
     tier: Tier
+    digest: str = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lorafleet.proto.messages import AdapterInfo, AdapterKey, ShardInfo, Tier
+from lorafleet.proto.messages import AdapterContent, AdapterInfo, AdapterKey, ShardInfo, Tier
 
 
 class Adapter:
@@ -18,10 +18,8 @@ class Adapter:
         self,
         info: AdapterInfo,
         on_unpinned: Callable[[], None],
-        previous: Adapter | None = None,
     ) -> None:
         self.info = info
-        self.previous = previous  # older content of the same key whose host copy may be in use
         self.made_of: tuple[str, ...] = ()  # digests of a merged adapter's members
         self.num_pins = 0  # sequences and device copies under way that need the host copy
         self.in_host = False
@@ -31,6 +29,11 @@ class Adapter:
     def key(self) -> AdapterKey:
         """What requests call it."""
         return self.info.key
+
+    @property
+    def content(self) -> AdapterContent:
+        """What it is, for as long as its source does not change it."""
+        return self.info.content
 
     @property
     def nbytes(self) -> int:
@@ -44,8 +47,8 @@ class Adapter:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether the key's host copy, of this content or the previous one, must stay."""
-        return self.num_pins > 0 or (self.previous is not None and self.previous.is_pinned)
+        """Whether the host copy must stay."""
+        return self.num_pins > 0
 
     def pin(self) -> AdapterPin:
         """Keeps the host copy, if there is one, until the pin is closed."""

@@ -27,6 +27,7 @@ class LoadCall:
     tier: Tier  # to load to, at least
     pin: Tier | None  # None = as it is, NONE = no pin
     alias: str  # "" = none
+    reload: bool  # what the source has now, whatever is held
     api_token: str = field(repr=False)
 
 
@@ -40,6 +41,7 @@ def read_load_call(
         tier=_choice(fields, "tier", _TIERS, Tier.HOST),
         pin=_choice(fields, "pin", _PINS, None),
         alias=check_alias("alias", alias, model_id) if alias else "",
+        reload=fields.boolean("reload"),
         api_token=fields.string("api_token", ""),
     )
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from lorafleet.cache.recipe import members_of
-from lorafleet.proto.messages import AdapterInfo, AdapterKey, Tier
+from lorafleet.proto.messages import AdapterContent, AdapterInfo, AdapterKey
 from lorafleet.router.access import AccessMemory
 from lorafleet.router.activity import Activity
 from lorafleet.router.adapter import Adapter, AdapterPin
@@ -17,10 +17,17 @@ from lorafleet.router.callers import Caller, Callers
 from lorafleet.router.errors import AdapterUnservable
 from lorafleet.router.failure_memory import FailureMemory
 from lorafleet.router.shards import ShardGroup
+from lorafleet.router.superseded import Superseded
 from lorafleet.router.tiers import HostAndDisk
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
+
+_MAX_CHANGES = 3  # of an adapter's content, between one look at it and its load
+
+
+class _ContentChanged(Exception):
+    """The adapter is another one since it was validated."""
 
 
 class AdapterDirectory:
@@ -29,7 +36,8 @@ class AdapterDirectory:
     An adapter reaches host memory in two moves: fetched to disk, which validates and sizes it;
     then, once there is room, packed into host memory. Concurrent requests share both, and a failure
     is remembered for a while. An adapter that leaves host memory is forgotten, so the next request
-    for it validates it again.
+    for it validates it again. One that is reloaded with other content is another Adapter from then
+    on; requests that began with the older one end with it.
     """
 
     def __init__(
@@ -52,6 +60,7 @@ class AdapterDirectory:
         # A token is part of a check's identity, so that nobody profits from another's access.
         self._checks: dict[Caller, asyncio.Task[Adapter]] = {}
         self._callers = Callers()
+        self._reloads: dict[Caller, asyncio.Task[Adapter]] = {}
         self._loads: dict[Adapter, asyncio.Task[None]] = {}
         self._removals: dict[AdapterKey, asyncio.Task[None]] = {}
         self.tiers = HostAndDisk(
@@ -61,6 +70,7 @@ class AdapterDirectory:
             self._forget,
             activity or Activity(),
         )
+        self._superseded = Superseded(self.tiers, on_dropped)
 
     def __iter__(self) -> Iterator[Adapter]:
         return iter(self._adapters.values())
@@ -74,14 +84,11 @@ class AdapterDirectory:
         """
         made_of = await self._members_validated(key, api_token)
         with self._claimed(key):
-            pin = (await self._validated(key, api_token, made_of)).pin()
-            try:
-                await self._loaded(pin.adapter, api_token)
-            except BaseException:
-                pin.close()
-                raise
-        for used in (*members_of(key), key):
-            self.tiers.touch(used)
+            pin = await self._pinned(key, api_token, made_of)
+        members = (self._adapters.get(member) for member in members_of(key))
+        for used in (*members, pin.adapter):
+            if used is not None:
+                self.tiers.touch(used.content)
         self._failures.succeeded(key, api_token)
         return pin
 
@@ -91,6 +98,18 @@ class AdapterDirectory:
         with self._claimed(key):
             return await self._validated(key, api_token, made_of)
 
+    async def reload(self, key: AdapterKey, api_token: str) -> Adapter:
+        """Reads an adapter's source again, of a merged one its members' sources.
+
+        Requests from now on get what is there, those that have begun end with what they began
+        with. After an error requests get what they got before. Raises what `acquire` does.
+        """
+        await _all(self.reload(member, api_token) for member in members_of(key))
+        made_of = await self._members_validated(key, api_token)
+        with self._claimed(key):
+            check = self._check(key, api_token, made_of, refresh=True)
+            return await _shared(self._reloads, self._callers.of(key, api_token), check)
+
     async def drop(self, key: AdapterKey) -> None:
         """Frees every tier once the requests that use the adapter have ended, also if cancelled.
 
@@ -98,6 +117,10 @@ class AdapterDirectory:
         """
         self.tiers.unkeep(key)  # here as well, for a removal under way may be one that keeps pins
         await _shared(self._removals, key, self._remove(key))
+
+    def in_use(self) -> list[Adapter]:
+        """Adapters that requests or copies under way use, older contents too."""
+        return [adapter for adapter in (*self, *self._superseded) if adapter.is_pinned]
 
     def find(self, key: AdapterKey) -> Adapter | None:
         """The adapter, if it is known: in host memory, or on its way there."""
@@ -109,16 +132,17 @@ class AdapterDirectory:
 
     async def close(self) -> None:
         """Cancels fetches under way."""
-        tasks = [*self._checks.values(), *self._loads.values(), *self._removals.values()]
+        tasks = [*self._checks.values(), *self._reloads.values(), *self._loads.values()]
+        tasks += self._removals.values()
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, self._superseded.close(), return_exceptions=True)
 
     def check(self, is_idle: bool) -> None:
         """Asserts that the tiers balance and, when no request is there, that nothing is pinned."""
         self.tiers.check()
         if is_idle and not self._loads:
-            assert not any(adapter.is_pinned for adapter in self), "a pin was not closed"
+            assert not self.in_use(), "a pin was not closed"
 
     @contextmanager
     def _claimed(self, key: AdapterKey) -> Iterator[None]:
@@ -134,38 +158,49 @@ class AdapterDirectory:
     async def _members_validated(self, key: AdapterKey, api_token: str) -> tuple[str, ...]:
         """The digests of a merged adapter's members; returns when no drop is in the way.
 
-        What was made of other content ends as if dropped, but for its pin. Nothing is claimed
-        meanwhile, since members may have to wait for disk room.
+        Nothing is claimed meanwhile, since members may have to wait for disk room.
         """
-        members = members_of(key)
-        found = await _all(self.validate(member, api_token) for member in members)
-        made_of = tuple(member.info.digest for member in found)
-        known = self._adapters.get(key)
-        if known is not None and known.made_of != made_of:
-            await _shared(self._removals, key, self._remove(key, is_pin_kept=True))
+        found = await _all(self.validate(member, api_token) for member in members_of(key))
         while key in self._removals:
             await asyncio.shield(self._removals[key])
-        return made_of
+        return tuple(member.info.digest for member in found)
 
-    async def _remove(self, key: AdapterKey, *, is_pin_kept: bool = False) -> None:
+    async def _remove(self, key: AdapterKey) -> None:
         await self.tiers.until(lambda: not self._is_disk_pinned(key))
         # Whoever asked for these is gone, and they would bring the adapter back.
-        checks = [task for (checked, _), task in self._checks.items() if checked == key]
+        tasks = (*self._checks.items(), *self._reloads.items())
+        checks = [task for (checked, _), task in tasks if checked == key]
         await asyncio.gather(*checks, return_exceptions=True)
-        if not is_pin_kept:
-            self.tiers.unkeep(key)
+        self.tiers.unkeep(key)
         self._forget(key)
         self._failures.forget(key)
         self._access.forget(key)
-        await self.tiers.drop(key, Tier.DISK)
+        await self.tiers.drop(key)
+
+    async def _pinned(
+        self, key: AdapterKey, api_token: str, made_of: tuple[str, ...]
+    ) -> AdapterPin:
+        """In host memory and pinned. Content that changes on the way there is validated again."""
+        for _ in range(_MAX_CHANGES):
+            pin = (await self._validated(key, api_token, made_of)).pin()
+            try:
+                await self._loaded(pin.adapter, api_token)
+                return pin
+            except _ContentChanged:
+                pin.close()
+            except BaseException:
+                pin.close()
+                raise
+        raise AdapterUnservable(f"adapter {key} keeps changing while it is loaded")
 
     async def _validated(
         self, key: AdapterKey, api_token: str, made_of: tuple[str, ...]
     ) -> Adapter:
         adapter = self._adapters.get(key)
-        if adapter is None or self._must_ask(key, api_token):
+        is_outdated = adapter is not None and adapter.made_of != made_of
+        if adapter is None or is_outdated or self._must_ask(key, api_token):
             self._failures.check(key, api_token)
-            check = self._check(key, api_token, made_of)
+            check = self._check(key, api_token, made_of, refresh=is_outdated)
             adapter = await _shared(self._checks, self._callers.of(key, api_token), check)
         return adapter
 
@@ -178,22 +213,29 @@ class AdapterDirectory:
             return False
         return not self._access.allows(key, api_token)
 
-    async def _check(self, key: AdapterKey, api_token: str, made_of: tuple[str, ...]) -> Adapter:
+    async def _check(
+        self, key: AdapterKey, api_token: str, made_of: tuple[str, ...], refresh: bool
+    ) -> Adapter:
         try:
             with self._failures.watch(key, api_token), self._access.watch(key, api_token):
-                info = await self.tiers.fetch_to_disk(key, api_token)
+                info = await self.tiers.fetch_to_disk(key, api_token, refresh)
                 self._refuse_too_large(info)
         finally:
             await self._delete_uncounted(members_of(key))
         if not api_token:
             self._private.discard(key)
-        elif key not in self._adapters and not made_of:
+        elif (refresh or key not in self._adapters) and not made_of:
             self._private.add(key)
-        known = self._adapters.get(key)
-        if known is None or known.info.digest != info.digest:
-            known = self._adapters[key] = Adapter(info, self.tiers.wake, known)
-        known.made_of = made_of
-        return known
+        adapter = self._adapters.get(key)
+        if adapter is None or adapter.content != info.content:
+            if adapter is not None:
+                self._superseded.add(adapter)
+            adapter = self._superseded.take(info.content) or Adapter(info, self.tiers.wake)
+            self._adapters[key] = adapter
+            if adapter.in_host and self.tiers.is_kept(key):
+                self.tiers.keep(adapter.content)
+        adapter.made_of = made_of
+        return adapter
 
     def _refuse_too_large(self, info: AdapterInfo) -> None:
         limits = {
@@ -214,16 +256,14 @@ class AdapterDirectory:
     async def _load(self, adapter: Adapter, api_token: str) -> None:
         pin = adapter.pin()  # its own, because the requests that wait for it may go away
         try:
-            if adapter.previous is not None:
-                await self._retire(adapter.previous)
-                adapter.previous = None
-            # The pinned adapter is in the directory again if it was evicted since it was validated.
-            self._adapters[adapter.key] = adapter
+            # It may have been evicted since it was validated, or superseded.
+            if self._adapters.setdefault(adapter.key, adapter) is not adapter:
+                raise _ContentChanged
             with self._failures.watch(adapter.key, api_token):
-                info = await self.tiers.load_to_host(adapter.key, adapter.nbytes, api_token)
-                if info.digest != adapter.info.digest:
-                    await self.tiers.drop(adapter.key, Tier.HOST)
-                    raise AdapterUnservable(f"adapter {adapter.key} changed while it was loaded")
+                info = await self.tiers.load_to_host(adapter.content, adapter.nbytes, api_token)
+            if info.content != adapter.content:
+                await self._drop_changed(adapter, info)
+                raise _ContentChanged
             adapter.in_host = True
         except BaseException:
             if self._adapters.get(adapter.key) is adapter:
@@ -238,25 +278,33 @@ class AdapterDirectory:
             if not self._is_disk_pinned(member):  # else whoever fetches it counts it
                 await self.tiers.delete_uncounted(member)
 
-    async def _retire(self, old: Adapter) -> None:
-        """Drops a superseded content once the requests that began with it have ended."""
-        await self.tiers.until(lambda: not old.is_pinned)
-        self._on_dropped(old)
-        await self.tiers.drop(old.key, Tier.HOST)
+    async def _drop_changed(self, adapter: Adapter, info: AdapterInfo) -> None:
+        """Another content than the adapter's was packed, which nobody has counted."""
+        await self.tiers.drop_content(adapter.content)
+        known = self._adapters.get(adapter.key)
+        if known is None or known.content != info.content:  # else it counts it when it loads it
+            await self.tiers.drop_content(info.content)
 
-    def _forget(self, key: AdapterKey) -> None:
-        adapter = self._adapters.pop(key, None)
-        self._private.discard(key)
-        if adapter is not None:
-            adapter.in_host = False
-            self._on_dropped(adapter)
-
-    def _is_host_pinned(self, key: AdapterKey) -> bool:
+    def _forget(self, key: AdapterKey, content: AdapterContent | None = None) -> None:
+        """The adapter's copies go, or those of one content: superseded ones look to themselves."""
         adapter = self._adapters.get(key)
+        if adapter is None or content not in (None, adapter.content):
+            return
+        del self._adapters[key]
+        self._private.discard(key)
+        adapter.in_host = False
+        self._on_dropped(adapter)
+
+    def _is_host_pinned(self, content: AdapterContent) -> bool:
+        adapter = self._adapters.get(content.key)
+        if adapter is None or adapter.content != content:
+            adapter = self._superseded.find(content)
         return adapter is not None and adapter.is_pinned
 
     def _is_disk_pinned(self, key: AdapterKey) -> bool:
-        return self._claims[key] > 0 or self._is_host_pinned(key)
+        adapter = self._adapters.get(key)
+        is_pinned = adapter is not None and adapter.is_pinned
+        return is_pinned or self._claims[key] > 0 or self._superseded.is_pinned(key)
 
 
 async def _all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -48,7 +48,20 @@ class AdapterControl:
                 await self._keep_on_device(pin.adapter)
             else:
                 self._device.ledger.unkeep(pin.adapter)
-            self._directory.tiers.keep(key)
+            self._directory.tiers.keep(pin.adapter.content)
+
+    async def reload(self, key: AdapterKey, api_token: str) -> None:
+        """Has requests from now on get what the adapter's source has now; pins stay.
+
+        Requests that have begun end with what they began with, and nobody waits for them but a pin
+        that finds no room beside them. Raises what `load` and `pin` do.
+        """
+        before, pinned = self._directory.find(key), self.pinned(key)
+        adapter = await self._directory.reload(key, api_token)
+        if before is not None and adapter is not before:
+            self._device.ledger.unkeep(before)
+        if pinned:
+            await self.pin(key, api_token, pinned)
 
     def unpin(self, key: AdapterKey) -> None:
         """Ends a pin; nothing if there is none."""
@@ -60,7 +73,7 @@ class AdapterControl:
 
     def pinned(self, key: AdapterKey) -> Tier:
         """The highest tier an adapter is pinned in, NONE without a pin."""
-        if not self._directory.tiers.host.is_kept(key):
+        if not self._directory.tiers.is_kept(key):
             return Tier.NONE
         adapter = self._directory.find(key)
         slot = self._device.ledger.find(adapter) if adapter is not None else None
@@ -85,11 +98,11 @@ class AdapterControl:
 
     def _check_room(self, adapter: Adapter, tier: Tier) -> None:
         """Raises NoAdapterRoom unless the pin leaves room for what requests under way use."""
-        host, slots = self._directory.tiers.host, self._device.ledger
-        in_use = [a for a in self._directory if a.num_pins and a is not adapter]
-        if not host.is_kept(adapter.key):
-            needed = max((a.nbytes for a in in_use if not host.is_kept(a.key)), default=0)
-            _check("host memory", adapter, needed, host.room)
+        tiers, slots = self._directory.tiers, self._device.ledger
+        in_use = [a for a in self._directory.in_use() if a is not adapter]
+        if not tiers.is_kept(adapter.key):
+            needed = max((a.nbytes for a in in_use if not tiers.host.is_kept(a.content)), default=0)
+            _check("host memory", adapter, needed, tiers.host.room)
         slot = slots.find(adapter)
         if tier is Tier.DEVICE and not (slot and slot.is_kept):
             others = self._without_place(in_use)
@@ -108,7 +121,7 @@ class AdapterControl:
         await self._to_device(adapter)
         slots.keep(adapter)
         # Where the slot lies was not known before: it may cut the rest in pieces.
-        in_use = [a for a in self._directory if a.num_pins and a is not adapter]
+        in_use = [a for a in self._directory.in_use() if a is not adapter]
         if any(a.nbytes > slots.room(a.piece_bytes) for a in self._without_place(in_use)):
             slots.unkeep(adapter)
             raise NoAdapterRoom(

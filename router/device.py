@@ -65,7 +65,8 @@ class DeviceSlots:
         slot = self.ledger.bind(adapter, adapter.nbytes, wanted, adapter.piece_bytes)
         if slot is not None:
             offsets, nbytes = map(list, zip(*slot.extents, strict=True))
-            step.plan.moves.append(AdapterMove(adapter.key, slot.number, offsets, nbytes))
+            key, digest = adapter.content
+            step.plan.moves.append(AdapterMove(key, slot.number, offsets, nbytes, digest))
             self._loading[slot.number] = (adapter.pin(), now)
 
     def may_load(self, adapter: Adapter, step: Step) -> bool:

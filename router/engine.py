@@ -7,6 +7,7 @@ import logging
 import time
 from collections import deque
 from itertools import count
+from typing import Any
 
 from lorafleet.cache.residency import ByteLedger
 from lorafleet.proto.messages import (
@@ -186,7 +187,7 @@ class Engine:
         host = self._directory.tiers.host
         for info in infos:
             # What a shard said of its host memory is over if the ledger does not know of it.
-            tier = info.tier if info.key in host else Tier.DISK
+            tier = info.tier if info.content in host else Tier.DISK
             pinned = self.control.pinned(info.key)
             known.setdefault(info.key, AdapterStatus(info.key, info, tier, pinned=pinned))
         return [known[key] for key in sorted(known, key=lambda key: (key.source, str(key)))]
@@ -348,7 +349,7 @@ class Engine:
         self.activity.evicted(adapter.key, Tier.DEVICE)
 
 
-def _tier_stats(ledger: ByteLedger[AdapterKey]) -> TierStats:
+def _tier_stats(ledger: ByteLedger[Any]) -> TierStats:
     return TierStats(ledger.used, ledger.budget, ledger.num_evictions)
 
 

@@ -31,11 +31,13 @@ async def list_adapters(request: web.Request) -> web.Response:
 
 @admin_only
 async def load_adapter(request: web.Request) -> web.Response:
-    """POST /v1/adapters: pins, loads and names an adapter, in this order, until something fails."""
+    """POST /v1/adapters: reads anew, pins, loads and names an adapter, until something fails."""
     service = request.app[SERVICE]
     fields = await read_fields(request)
     call = read_load_call(fields, service.config, service.aliases, service.engine.info.model_id)
     control = service.engine.control
+    if call.reload:
+        await control.reload(call.key, call.api_token)
     if call.pin:
         await control.pin(call.key, call.api_token, call.pin)
     if not call.pin or call.tier > call.pin:

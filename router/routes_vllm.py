@@ -30,10 +30,10 @@ async def load_lora_adapter(request: web.Request) -> web.Response:
             f"The lora adapter '{name}' has already been loaded. "
             "If you want to load the adapter in place, set 'load_inplace' to True."
         )
-    control = service.engine.control
+    control, api_token = service.engine.control, fields.string("api_token", "")
     if taken == key:  # the same place, so what is there now is read again
-        await control.drop(key)
-    await control.load(key, fields.string("api_token", ""), Tier.HOST)
+        await control.reload(key, api_token)
+    await control.load(key, api_token, Tier.HOST)
     service.aliases.point(name, key)
     return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
 

@@ -83,20 +83,26 @@ class ShardGroup:
             raise await self._loss()
         return result
 
-    async def fetch(self, key: AdapterKey, tier: Tier, api_token: str) -> AdapterInfo:
+    async def fetch(
+        self, key: AdapterKey, tier: Tier, api_token: str, refresh: bool = False
+    ) -> AdapterInfo:
         """Raises an adapter to a tier on every rank; its sizes are the largest of all ranks.
 
-        Raises AdapterError, Overloaded (a tier is full) or ShardLost.
+        With `refresh` as its source has it now. Raises AdapterError, Overloaded (a tier is full)
+        or ShardLost.
         """
-        request = FetchAdapterRequest(key, tier, api_token)
+        request = FetchAdapterRequest(key, tier, api_token, refresh)
         infos = await _all(rank.fetch(request) for rank in self._ranks)
         if len({info.digest for info in infos}) > 1:
             raise AdapterUnservable(f"adapter {key} has different content on different shards")
         return _merged(infos)
 
-    async def drop(self, key: AdapterKey, tier: Tier) -> None:
-        """Forgets an adapter's copy in a tier and above on every rank. Raises ShardLost."""
-        request = DropAdapterRequest(key, tier)
+    async def drop(self, key: AdapterKey, tier: Tier, digest: str = "") -> None:
+        """Forgets an adapter's copy in a tier and above on every rank. Raises ShardLost.
+
+        With a digest no other content in host memory.
+        """
+        request = DropAdapterRequest(key, tier, digest)
         await _all(rank.drop(request) for rank in self._ranks)
 
     async def tokenizer(self, key: AdapterKey) -> AdapterTokenizer:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 from lorafleet.cache.residency import ByteLedger
-from lorafleet.proto.messages import AdapterInfo, AdapterKey, Tier
+from lorafleet.proto.messages import AdapterContent, AdapterInfo, AdapterKey, Tier
 from lorafleet.router.activity import Activity
 from lorafleet.router.errors import AdapterUnservable, NoAdapterRoom, Overloaded
 from lorafleet.router.shards import ShardGroup
 
-Pinned = Callable[[AdapterKey], bool]
+K = TypeVar("K", bound=Hashable)
+Pinned = Callable[[K], bool]
 
 
 class HostAndDisk:
@@ -25,22 +27,25 @@ class HostAndDisk:
     def __init__(
         self,
         shards: ShardGroup,
-        is_host_pinned: Pinned,
-        is_disk_pinned: Pinned,
-        forget: Callable[[AdapterKey], None],
+        is_host_pinned: Pinned[AdapterContent],
+        is_disk_pinned: Pinned[AdapterKey],
+        forget: Callable[[AdapterKey, AdapterContent | None], None],
         activity: Activity,
     ) -> None:
-        self.host = ByteLedger[AdapterKey](shards.info.host_bytes)
+        self.host = ByteLedger[AdapterContent](shards.info.host_bytes)
         self.disk = ByteLedger[AdapterKey](shards.info.disk_bytes)  # downloaded adapters only
         self._shards = shards
         self._is_host_pinned = is_host_pinned
         self._is_disk_pinned = is_disk_pinned
         self._activity = activity
-        self._forget = forget  # called before an evicted adapter's copies go
+        # Called before the copies of an evicted adapter go, or of only one content of it.
+        self._forget = forget
+        self._kept: dict[AdapterKey, AdapterContent] = {}  # by `keep`, with what is kept in host
         self._host_room = asyncio.Lock()  # whoever holds it makes room; the others queue behind
         self._disk_room = asyncio.Lock()
         self._unpinned = asyncio.Event()
-        self._drops: dict[AdapterKey, asyncio.Future[None]] = {}  # from disk, under way
+        # Under way: from disk, and of single contents.
+        self._drops: dict[AdapterKey | AdapterContent, asyncio.Future[None]] = {}
 
     async def start(self) -> None:
         """Counts what the shards hold from before, and evicts what is over a budget."""
@@ -48,22 +53,27 @@ class HostAndDisk:
             if info.disk_bytes:
                 self.disk.put(info.key, info.disk_bytes)
             if info.tier >= Tier.HOST:
-                self.host.put(info.key, info.packed_bytes)
+                self.host.put(info.content, info.packed_bytes)
         await self._make_disk_room(0)
         await self._make_host_room(0)
 
-    async def fetch_to_disk(self, key: AdapterKey, api_token: str) -> AdapterInfo:
-        """Validates and sizes an adapter on every rank, downloading it if it is remote."""
+    async def fetch_to_disk(
+        self, key: AdapterKey, api_token: str, refresh: bool = False
+    ) -> AdapterInfo:
+        """Validates and sizes an adapter on every rank, downloading it if it is remote.
+
+        With `refresh` as its source has it now, whatever is held.
+        """
         started_at = time.monotonic()
         try:
-            info = await self._fetch_to_disk(key, api_token)
+            info = await self._fetch_to_disk(key, api_token, refresh)
         except AdapterUnservable:
             await self._drop_refused(key)
             raise
         if info.tier < Tier.HOST:  # it was not only asked whether this caller may have it
             self._activity.loaded(key, Tier.DISK, time.monotonic() - started_at)
         if info.disk_bytes > self.disk.budget:
-            await self._shards.drop(key, Tier.DISK)
+            await self._shards.drop(key, Tier.DISK, info.digest)
             raise AdapterUnservable(
                 f"adapter {key} is {info.disk_bytes} bytes, more than the "
                 f"{self.disk.budget} bytes --adapter-disk-bytes gives"
@@ -73,36 +83,58 @@ class HostAndDisk:
             self.disk.remove(key)
             self.wake()
             async with self._disk_room:
-                await self._make_disk_room_or_drop(key, info.disk_bytes)
+                await self._make_disk_room_or_drop(info)
                 self.disk.put(key, info.disk_bytes)
         return info
 
-    async def load_to_host(self, key: AdapterKey, nbytes: int, api_token: str) -> AdapterInfo:
-        """Packs an adapter that the caller has pinned into every rank's host memory."""
-        self.host.remove(key)
+    async def load_to_host(
+        self, content: AdapterContent, nbytes: int, api_token: str
+    ) -> AdapterInfo:
+        """Packs an adapter that the caller has pinned into every rank's host memory.
+
+        What the shards packed may be another content by now: the info says which, and its copy is
+        not counted.
+        """
+        key = content.key
+        await self._dropped(content)
+        self.host.remove(content)
         async with self._host_room:
             await self._make_host_room(nbytes)
-            self.host.put(key, nbytes)
+            self.host.put(content, nbytes)
+            if key in self._kept:
+                self._keep_in_host(content)
         started_at = time.monotonic()
         try:
             info = await self._shards.fetch(key, Tier.HOST, api_token)
             self._activity.loaded(key, Tier.HOST, time.monotonic() - started_at)
             return info
         except AdapterUnservable:
-            await self.drop(key, Tier.DISK)
+            await self.drop_content(content)
+            await self._drop_refused(key)
             raise
         except BaseException:
-            await self.drop(key, Tier.HOST)  # some ranks may have it
+            await self.drop_content(content)  # some ranks may have it
             raise
 
-    async def drop(self, key: AdapterKey, tier: Tier) -> None:
-        """Forgets copies in a tier and above."""
-        if tier is Tier.DISK:
-            self.disk.remove(key)
+    async def drop(self, key: AdapterKey) -> None:
+        """Forgets an adapter in every tier."""
+        self.disk.remove(key)
         try:
-            await self._shards.drop(key, tier)
+            await self._shards.drop(key, Tier.DISK)
         finally:
-            self.host.remove(key)
+            for content in [content for content in self.host if content.key == key]:
+                self.host.remove(content)
+            self.wake()
+
+    async def drop_content(self, content: AdapterContent) -> None:
+        """Forgets one content's copy in host memory."""
+        done = self._drops[content] = asyncio.get_running_loop().create_future()
+        try:
+            await self._shards.drop(content.key, Tier.HOST, content.digest)
+        finally:
+            self.host.remove(content)
+            self._drops.pop(content, None)
+            done.set_result(None)
             self.wake()
 
     async def delete_uncounted(self, key: AdapterKey) -> None:
@@ -113,22 +145,30 @@ class HostAndDisk:
         if key.source != "local" and key not in self.disk and key not in self._drops:
             await self._delete(key)
 
-    def keep(self, key: AdapterKey) -> None:
-        """An adapter in host memory stays there, and its download on disk, until `unkeep`."""
-        self.host.keep(key)
-        self.disk.keep(key)
+    def keep(self, content: AdapterContent) -> None:
+        """An adapter in host memory stays there, and its download on disk, until `unkeep`.
+
+        So does the content that takes this one's place.
+        """
+        self._keep_in_host(content)
+        self.disk.keep(content.key)
         self.wake()  # for those whose adapter can never fit now
 
     def unkeep(self, key: AdapterKey) -> None:
         """Ends `keep`; nothing if the adapter was not kept."""
-        self.host.unkeep(key)
+        if key in self._kept:
+            self.host.unkeep(self._kept.pop(key))
         self.disk.unkeep(key)
         self.wake()
 
-    def touch(self, key: AdapterKey) -> None:
+    def is_kept(self, key: AdapterKey) -> bool:
+        """Whether `keep` holds."""
+        return key in self._kept
+
+    def touch(self, content: AdapterContent) -> None:
         """An adapter was used now."""
-        self.host.touch(key)
-        self.disk.touch(key)
+        self.host.touch(content)
+        self.disk.touch(content.key)
 
     def wake(self) -> None:
         """Something may be unpinned: whoever waits looks again."""
@@ -146,12 +186,23 @@ class HostAndDisk:
             ledger.check()
             assert ledger.used <= ledger.budget, "a tier is over its budget"
 
-    async def _fetch_to_disk(self, key: AdapterKey, api_token: str) -> AdapterInfo:
-        if key in self._drops:
-            await asyncio.shield(self._drops[key])
+    def _keep_in_host(self, content: AdapterContent) -> None:
+        before = self._kept.get(content.key)
+        if before is not None and before != content:
+            self.host.unkeep(before)
+        self._kept[content.key] = content
+        self.host.keep(content)
+
+    async def _dropped(self, what: AdapterKey | AdapterContent) -> None:
+        """Returns when no drop of it is under way."""
+        while what in self._drops:
+            await asyncio.shield(self._drops[what])
+
+    async def _fetch_to_disk(self, key: AdapterKey, api_token: str, refresh: bool) -> AdapterInfo:
+        await self._dropped(key)
         while True:
             try:
-                return await self._shards.fetch(key, Tier.DISK, api_token)
+                return await self._shards.fetch(key, Tier.DISK, api_token, refresh)
             except Overloaded:
                 # The disk filled up before the size was known; without anything to evict, the
                 # caller hears it.
@@ -163,33 +214,31 @@ class HostAndDisk:
 
     async def _drop_refused(self, key: AdapterKey) -> None:
         """What was downloaded and cannot be served takes no room: no ledger knows of it."""
-        if key not in self.host:  # else a shard holds what it once could serve
-            await self.drop(key, Tier.DISK)
+        if all(content.key != key for content in self.host):  # else it once could be served
+            await self.drop(key)
 
     async def _make_host_room(self, nbytes: int) -> None:
         ledger = self.host
         while ledger.used + nbytes > ledger.budget:
             victim = await self._victim(ledger, nbytes, self._is_host_pinned)
             ledger.num_evictions += 1
-            self._activity.evicted(victim, Tier.HOST)
-            self._forget(victim)
-            await self.drop(victim, Tier.HOST)
+            self._activity.evicted(victim.key, Tier.HOST)
+            self._forget(victim.key, victim)
+            await self.drop_content(victim)
 
     async def _make_disk_room(self, nbytes: int) -> None:
         ledger = self.disk
         while ledger.used + nbytes > ledger.budget:
             await self._evict_from_disk(await self._victim(ledger, nbytes, self._is_disk_pinned))
 
-    async def _make_disk_room_or_drop(self, key: AdapterKey, nbytes: int) -> None:
+    async def _make_disk_room_or_drop(self, info: AdapterInfo) -> None:
         try:
-            await self._make_disk_room(nbytes)
+            await self._make_disk_room(info.disk_bytes)
         except NoAdapterRoom:
-            await self._shards.drop(key, Tier.DISK)
+            await self._shards.drop(info.key, Tier.DISK, info.digest)
             raise
 
-    async def _victim(
-        self, ledger: ByteLedger[AdapterKey], nbytes: int, is_pinned: Pinned
-    ) -> AdapterKey:
+    async def _victim(self, ledger: ByteLedger[K], nbytes: int, is_pinned: Pinned[K]) -> K:
         """Whom to evict next; waits for one. Raises NoAdapterRoom if no eviction could help."""
 
         def is_hopeless() -> bool:
@@ -207,13 +256,13 @@ class HostAndDisk:
     async def _evict_from_disk(self, victim: AdapterKey) -> None:
         self.disk.num_evictions += 1
         self._activity.evicted(victim, Tier.DISK)
-        self._forget(victim)
+        self._forget(victim, None)
         await self._delete(victim)
 
     async def _delete(self, key: AdapterKey) -> None:
         done = self._drops[key] = asyncio.get_running_loop().create_future()
         try:
-            await self.drop(key, Tier.DISK)
+            await self.drop(key)
         finally:
             del self._drops[key]
             done.set_result(None)

@@ -12,7 +12,7 @@ import torch
 
 from lorafleet.cache.device_tier import DeviceTier
 from lorafleet.cache.store import AdapterStore
-from lorafleet.proto.messages import StepPlan, StepResult
+from lorafleet.proto.messages import AdapterContent, StepPlan, StepResult
 from lorafleet.shard.batch import Batch, build_batch
 from lorafleet.shard.flash_attention import FlashAttention
 from lorafleet.shard.kv_pool import KvPool
@@ -75,8 +75,11 @@ class Worker:
         self._fast = fast
         self._launched: deque[Launched] = deque()
 
-    def run(self, work: SimpleQueue[tuple[StepStream, StepPlan] | None]) -> None:
-        """Runs plans until the queue yields None. Any exception is the end of this process."""
+    def run(self, work: SimpleQueue[tuple[StepStream, StepPlan | None] | None]) -> None:
+        """Runs plans until the queue yields None. Any exception is the end of this process.
+
+        Without a plan a stream begins: nobody knows any more what a refresh had superseded.
+        """
         while True:
             try:
                 item = work.get(timeout=_POLL_SECONDS) if self._launched else work.get()
@@ -86,10 +89,12 @@ class Worker:
             if item is None:
                 return
             stream, plan = item
-            if stream.is_open:  # a plan of a fenced-off stream is void
+            if plan is None:
+                self._store.drop_superseded()
+            elif stream.is_open:  # a plan of a fenced-off stream is void
                 self._launched.append(self._launch_or_die(stream, plan))
-            if len(self._launched) > 1 or self._decoder.device.type == "cpu":
-                self._finish()
+                if len(self._launched) > 1 or self._decoder.device.type == "cpu":
+                    self._finish()
 
     def _finish_done(self) -> None:
         if self._launched[0].is_done():
@@ -118,7 +123,9 @@ class Worker:
         launched = Launched(stream, plan, time.perf_counter())
         for move in plan.moves:
             extents = list(zip(move.extent_offsets, move.extent_bytes, strict=True))
-            self._adapters.begin_scattered(self._store.host(move.key), move.slot, extents)
+            self._adapters.begin_scattered(
+                self._store.host(AdapterContent(move.key, move.digest)), move.slot, extents
+            )
         for start in plan.starts:
             self._rows.begin(start)
         self._rows.append_pages(plan)

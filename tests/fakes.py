@@ -32,8 +32,10 @@ from lorafleet.proto import shard_pb2
 from lorafleet.proto.codec import deserializer, encode, serialize
 from lorafleet.proto.flags import add_flags, flag, from_flags
 from lorafleet.proto.messages import (
+    AdapterContent,
     AdapterInfo,
     AdapterKey,
+    AdapterMove,
     AdapterTokenizer,
     DropAdapterRequest,
     FetchAdapterRequest,
@@ -132,6 +134,7 @@ class FakeShard:
         self.fetches: list[FetchAdapterRequest] = []
         self.drops: list[DropAdapterRequest] = []
         self.adapters: dict[AdapterKey, AdapterInfo] = {}
+        self.superseded: dict[AdapterContent, AdapterInfo] = {}  # in host memory still
         self.contents: dict[str, str] = {}  # id -> digest, for an adapter that changes
         self.tokenizers: dict[str, AdapterTokenizer] = {}  # id -> what the adapter ships
         self.vocab_sizes: dict[str, int] = {}  # id -> tokens it has
@@ -193,6 +196,8 @@ class FakeShard:
             with self._changed:
                 self.plans.append(plan)
                 self._changed.notify_all()
+                missing = [move for move in plan.moves if not self._holds(move)]
+            assert not missing, "a move of what is not in host memory"
             self.steps.wait()
             if self.config.step_seconds:
                 time.sleep(self.config.step_seconds)
@@ -209,24 +214,45 @@ class FakeShard:
         self.fetching.wait()
         info = self._find(request, context)
         with self._changed:
-            held = self.adapters.get(info.key)
-            tier = max(request.tier, held.tier) if held else request.tier
-            self.adapters[info.key] = replace(info, tier=tier)
+            info = self._put(info, request)
             full = self._full_tier()
             if full:
                 del self.adapters[info.key]
         if full:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the {full} tier is full")
-        yield FetchProgress("packing", 100, 100, replace(info, tier=tier))
+        yield FetchProgress("packing", 100, 100, info)
+
+    def _put(self, info: AdapterInfo, request: FetchAdapterRequest) -> AdapterInfo:
+        """Host memory has a content until it is dropped, whatever the source has by now."""
+        held = self.adapters.get(info.key)
+        if held and held.tier is Tier.HOST and held.digest != info.digest:
+            if request.refresh:
+                self.superseded[held.content] = held
+                held = self.superseded.pop(info.content, None)
+            else:
+                info = held
+        tier = max(request.tier, held.tier) if held else request.tier
+        self.adapters[info.key] = info = replace(info, tier=tier)
+        return info
 
     def drop(self, request: DropAdapterRequest, context: Any) -> None:
         """DropAdapter."""
         with self._changed:
             self.drops.append(request)
             self._changed.notify_all()
-            held = self.adapters.pop(request.key, None)
-            if held is not None and request.tier > Tier.DISK:
-                self.adapters[request.key] = replace(held, tier=Tier(request.tier - 1))
+            held = self.adapters.get(request.key)
+            if held is not None and request.digest in ("", held.digest):
+                del self.adapters[request.key]
+                if request.tier > Tier.DISK:
+                    self.adapters[request.key] = replace(held, tier=Tier(request.tier - 1))
+            for content in list(self.superseded):
+                if content.key == request.key and request.digest in ("", content.digest):
+                    del self.superseded[content]
+
+    def _holds(self, move: AdapterMove) -> bool:
+        held = self.adapters.get(move.key)
+        is_present = held is not None and (held.digest, held.tier) == (move.digest, Tier.HOST)
+        return is_present or AdapterContent(move.key, move.digest) in self.superseded
 
     def _find(self, request: FetchAdapterRequest, context: Any) -> AdapterInfo:
         if members := members_of(request.key):
@@ -270,8 +296,9 @@ class FakeShard:
 
     def _full_tier(self) -> str:
         """The name of a tier over its budget, or ""."""
-        held = self.adapters.values()
-        if sum(i.packed_bytes for i in held if i.tier >= Tier.HOST) > self.info.host_bytes:
+        held = list(self.adapters.values())
+        packed = [*(i for i in held if i.tier >= Tier.HOST), *self.superseded.values()]
+        if sum(i.packed_bytes for i in packed) > self.info.host_bytes:
             return "host"
         return "disk" if sum(i.disk_bytes for i in held) > self.info.disk_bytes else ""
 

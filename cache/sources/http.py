@@ -54,11 +54,13 @@ class HttpSource(Downloads):
         self._hosts, self._max_bytes = AllowedHosts(hosts), max_bytes
         self._patience, self._allow_pickles = patience or Patience(), allow_pickles
 
-    def fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
+    def fetch(
+        self, key: AdapterKey, api_token: str, progress: Progress, refresh: bool = False
+    ) -> Path:
         """Downloads and unpacks unless that is done; see AdapterFault for what it raises."""
         url = ArchiveUrl.parse(key)
         self._hosts.check(url)
-        self._disk.get_or_put(key, lambda: self._plan(key, url, progress))
+        self._disk.get_or_put(key, lambda: self._plan(key, url, progress), refresh)
         return self._disk.path(key)
 
     def authorize(self, key: AdapterKey, api_token: str) -> None:

@@ -71,11 +71,15 @@ class HubSource(Downloads):
         self._endpoint, self._patience = endpoint, patience or Patience()
         self._allow_pickles = allow_pickles
 
-    def fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
+    def fetch(
+        self, key: AdapterKey, api_token: str, progress: Progress, refresh: bool = False
+    ) -> Path:
         """Downloads unless the files are here already; see AdapterFault for what it raises."""
         _check_token(api_token)
         _check_key(key)
-        download, is_mine = self._disk.get_or_put(key, lambda: self._plan(key, api_token, progress))
+        download, is_mine = self._disk.get_or_put(
+            key, lambda: self._plan(key, api_token, progress), refresh
+        )
         if not is_mine:  # not by this caller's request: it may not be theirs
             self._check_access(download, api_token)
         return self._disk.path(key)

@@ -23,7 +23,9 @@ class LocalSource:
         """An empty root refuses every adapter."""
         self._root = Path(os.path.realpath(Path(root).expanduser())) if root else None
 
-    def fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
+    def fetch(
+        self, key: AdapterKey, api_token: str, progress: Progress, refresh: bool = False
+    ) -> Path:
         """The adapter's directory. Raises AdapterNotFound; the answer does not tell why."""
         if self._root is None:
             raise AdapterNotFound("Local adapters are not served here: no adapter root is set.")

@@ -92,8 +92,13 @@ class MergedSource(Downloads):
         self._sources, self._layout, self._allow_pickles = sources, layout, allow_pickles
         self._work = Lock()  # one merge at a time, and on one core: the others are for steps
 
-    def fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
-        """Fetches the members as this caller, and merges them unless that is done already."""
+    def fetch(
+        self, key: AdapterKey, api_token: str, progress: Progress, refresh: bool = False
+    ) -> Path:
+        """Fetches the members as this caller, and merges them unless that is done already.
+
+        The members are taken as they are held, with `refresh` too.
+        """
         recipe = _recipe(key)
         found = {
             member: self._read_member(str(member), self._fetch_member(member, api_token, progress))

@@ -72,12 +72,14 @@ class S3Source(Downloads):
         self._client: Any = None  # made on first use, safe to share between threads
         self._lock = Lock()  # guards _client; making one is not thread-safe
 
-    def fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
+    def fetch(
+        self, key: AdapterKey, api_token: str, progress: Progress, refresh: bool = False
+    ) -> Path:
         """Downloads unless the files are here already; see AdapterFault for what it raises."""
         bucket, prefix = _parse(key)
         if self._buckets and bucket not in self._buckets:
             raise AdapterForbidden(f"Adapters from the bucket {shown(bucket)} are not served here.")
-        self._disk.get_or_put(key, lambda: self._plan(key, bucket, prefix, progress))
+        self._disk.get_or_put(key, lambda: self._plan(key, bucket, prefix, progress), refresh)
         return self._disk.path(key)
 
     def authorize(self, key: AdapterKey, api_token: str) -> None:

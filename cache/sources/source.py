@@ -23,8 +23,13 @@ class Patience:
 class AdapterSource(Protocol):
     """Every method is thread-safe and raises AdapterFault subclasses for what the world does."""
 
-    def fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
-        """A directory on this machine with the adapter's files, once this caller may have them."""
+    def fetch(
+        self, key: AdapterKey, api_token: str, progress: Progress, refresh: bool = False
+    ) -> Path:
+        """A directory on this machine with the adapter's files, once this caller may have them.
+
+        With `refresh` the files the source has now; else those of an earlier download will do.
+        """
 
     def authorize(self, key: AdapterKey, api_token: str) -> None:
         """Raises AdapterForbidden or AdapterNotFound unless this caller may use a held adapter."""

@@ -34,6 +34,11 @@ def add_flags(parser: ArgumentParser) -> None:
         help="where to, at least (default: host)",
     )
     load.add_argument("--alias", default="", help="a name that requests may use for it")
+    load.add_argument(
+        "--reload",
+        action="store_true",
+        help="what its source has now; requests under way end with what they began with",
+    )
     pin = add("pin", help="load, and keep from being evicted")
     _server_flags(pin)
     _name_flags(pin)
@@ -68,7 +73,7 @@ def _list(args: Namespace) -> int:
 
 
 def _load(args: Namespace) -> int:
-    return _post(args, {"tier": args.tier, "alias": args.alias})
+    return _post(args, {"tier": args.tier, "alias": args.alias, "reload": args.reload})
 
 
 def _pin(args: Namespace) -> int:

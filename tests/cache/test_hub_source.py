@@ -368,15 +368,51 @@ def test_a_directory_without_a_record_is_replaced(source: HubSource, disk: DiskT
     assert b'"r": 4' in (source.fetch(KEY, "", ignore) / FILES[0]).read_bytes()
 
 
+def test_a_refresh_downloads_only_what_has_changed(
+    source: HubSource, disk: DiskTier, hub: Hub, tmp_path: Path
+) -> None:
+    directory = source.fetch(KEY, "", ignore)
+    hub.requests.clear()
+    source.fetch(KEY, "", ignore, refresh=True)
+    assert [line.split()[1] for line in hub.requests] == ["/api/models/owner/adapter"]
+    before = (directory / FILES[1]).read_bytes()
+    write_adapter(tmp_path / "hub", tensors=tensors_of(seed=1))
+    hub.repos["owner/adapter"].cut_bytes = 10
+    with pytest.raises(SourceUnavailable):
+        source.fetch(KEY, "", ignore, refresh=True)
+    assert (directory / FILES[1]).read_bytes() == before, "what there was is still served"
+    hub.repos["owner/adapter"].cut_bytes = 0
+    source.fetch(KEY, "", ignore, refresh=True)
+    assert (directory / FILES[1]).read_bytes() == (tmp_path / "hub" / FILES[1]).read_bytes()
+    hub.repos["owner/adapter"].token = "hf_right"
+    source.fetch(KEY, "hf_right", ignore, refresh=True)
+    assert disk.list("hub")[0].is_restricted
+    with pytest.raises(AdapterNotFound):
+        source.fetch(KEY, "", ignore)
+
+
+def test_a_refresh_of_several_ranks_is_one_download(hub: Hub, tmp_path: Path) -> None:
+    HubSource(DiskTier(tmp_path / "cache", 1 << 20), hub.endpoint).fetch(KEY, "", ignore)
+    write_adapter(tmp_path / "hub", tensors=tensors_of(seed=1))
+    hub.requests.clear()
+    assert fetch_together(hub, tmp_path, refresh=True) == []
+    assert hub.count("GET /owner/adapter/resolve") == len(FILES)
+
+
 def test_callers_of_several_sources_share_one_download(hub: Hub, tmp_path: Path) -> None:
-    """Several sources over one directory, as several ranks' processes have."""
+    assert fetch_together(hub, tmp_path) == []
+    assert hub.count("GET /owner/adapter/resolve") == len(FILES)
+
+
+def fetch_together(hub: Hub, tmp_path: Path, refresh: bool = False) -> list[AdapterFault]:
+    """Several sources over one directory, as several ranks' processes have; what they raise."""
     barrier, faults = Barrier(4), list[AdapterFault]()
 
     def fetch() -> None:
         source = HubSource(DiskTier(tmp_path / "cache", 1 << 20), hub.endpoint)
         barrier.wait()
         try:
-            source.fetch(KEY, "", ignore)
+            source.fetch(KEY, "", ignore, refresh)
         except AdapterFault as fault:
             faults.append(fault)
 
@@ -385,8 +421,7 @@ def test_callers_of_several_sources_share_one_download(hub: Hub, tmp_path: Path)
         thread.start()
     for thread in threads:
         thread.join()
-    assert faults == []
-    assert hub.count("GET /owner/adapter/resolve") == len(FILES)
+    return faults
 
 
 def test_hf_endpoint_is_honoured(hub: Hub, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lorafleet.cache.errors import AdapterFault, AdapterNotFound, AdapterUnservable, TierFull
+from lorafleet.cache.packing import PackedAdapter
 from lorafleet.cache.recipe import Member, MergeRecipe
 from lorafleet.cache.store import AdapterStore
 from lorafleet.proto.flags import Bytes
@@ -72,8 +73,17 @@ def fetch(
     return store.fetch(FetchAdapterRequest(key, tier, token), lambda progress: None)
 
 
-def drop(store: AdapterStore, key: AdapterKey, tier: Tier) -> None:
-    store.drop(DropAdapterRequest(key, tier))
+def drop(store: AdapterStore, key: AdapterKey, tier: Tier, digest: str = "") -> None:
+    store.drop(DropAdapterRequest(key, tier, digest))
+
+
+def refresh(store: AdapterStore, key: AdapterKey, tier: Tier = Tier.HOST) -> AdapterInfo:
+    return store.fetch(FetchAdapterRequest(key, tier, refresh=True), lambda progress: None)
+
+
+def host(store: AdapterStore, key: AdapterKey) -> PackedAdapter:
+    """The packed adapter as it is now."""
+    return store.host(fetch(store, key, Tier.DISK).content)
 
 
 def test_disk_sizes_and_host_packs(store: AdapterStore) -> None:
@@ -84,9 +94,9 @@ def test_disk_sizes_and_host_packs(store: AdapterStore) -> None:
     assert sized.disk_bytes == 0
     assert len(sized.digest) == 64
     with pytest.raises(AdapterNotFound, match="not in host memory"):
-        store.host(TWO)
+        host(store, TWO)
     assert fetch(store, TWO) == replace(sized, tier=Tier.HOST)
-    packed = store.host(TWO)
+    packed = host(store, TWO)
     assert packed.nbytes == sized.packed_bytes
     assert packed.buffer.dtype is torch.bfloat16
     assert packed.buffer.numel() * 2 == packed.nbytes
@@ -117,7 +127,7 @@ def test_host_budget_is_kept_to_the_byte(config: Settings) -> None:
     fetch(store, ONE)
     with pytest.raises(TierFull, match=f"needs {sizes[TWO]} bytes"):
         fetch(store, TWO)
-    assert store.host(ONE).nbytes == sizes[ONE]
+    assert host(store, ONE).nbytes == sizes[ONE]
     assert fetch(store, TWO, Tier.DISK).tier is Tier.DISK
     drop(store, ONE, Tier.HOST)
     assert fetch(store, TWO).tier is Tier.HOST
@@ -145,14 +155,14 @@ def test_pickled_weights_are_served_where_the_operator_allows_them(
     store = open_store(replace(config, allow_pickled_adapters=True))
     fetch(store, key)
     fetch(store, ONE)
-    assert torch.equal(store.host(key).buffer, store.host(ONE).buffer)
+    assert torch.equal(host(store, key).buffer, host(store, ONE).buffer)
 
 
 def test_drop_forgets_the_tier_and_above(store: AdapterStore, tmp_path: Path) -> None:
     fetch(store, HUB)
     drop(store, HUB, Tier.HOST)
     with pytest.raises(AdapterNotFound):
-        store.host(HUB)
+        host(store, HUB)
     assert fetch(store, HUB, Tier.DISK).tier is Tier.DISK
     fetch(store, HUB)
     drop(store, HUB, Tier.DISK)
@@ -164,7 +174,7 @@ def test_drop_forgets_the_tier_and_above(store: AdapterStore, tmp_path: Path) ->
 
 def test_a_dropped_adapters_memory_lives_while_it_is_used(store: AdapterStore) -> None:
     fetch(store, ONE)
-    packed = store.host(ONE)
+    packed = host(store, ONE)
     content = packed.buffer.clone()
     drop(store, ONE, Tier.HOST)
     fetch(store, TWO)
@@ -177,6 +187,71 @@ def test_what_is_held_stays_what_it_was_until_dropped(store: AdapterStore, tmp_p
     assert fetch(store, ONE) == before
     drop(store, ONE, Tier.DISK)
     assert fetch(store, ONE).digest != before.digest
+
+
+@pytest.mark.parametrize("key", [ONE, HUB])
+def test_a_refresh_leaves_the_older_content_to_those_who_use_it(
+    store: AdapterStore, hub: Hub, tmp_path: Path, key: AdapterKey
+) -> None:
+    before = fetch(store, key)
+    content = host(store, key).buffer.clone()
+    assert refresh(store, key) == before
+    change(hub, tmp_path, seed=1)
+    assert fetch(store, key) == before
+    sized = refresh(store, key, Tier.DISK)
+    assert (sized.tier, sized.digest != before.digest) == (Tier.DISK, True)
+    assert torch.equal(store.host(before.content).buffer, content)
+    assert fetch(store, key) == replace(sized, tier=Tier.HOST)
+    assert not torch.equal(host(store, key).buffer, content)
+    assert [info for info in store.list() if info.key == key] == [fetch(store, key)]
+    drop(store, key, Tier.HOST, before.digest)
+    with pytest.raises(AdapterNotFound):
+        store.host(before.content)
+    assert host(store, key)
+
+
+def test_a_refresh_back_to_what_is_still_held_packs_nothing(
+    store: AdapterStore, hub: Hub, tmp_path: Path
+) -> None:
+    before = fetch(store, ONE)
+    packed = host(store, ONE)
+    change(hub, tmp_path, seed=1)
+    refresh(store, ONE)
+    change(hub, tmp_path, seed=0)
+    assert refresh(store, ONE) == before
+    assert host(store, ONE) is packed
+
+
+def test_a_refresh_that_fails_changes_nothing(
+    store: AdapterStore, hub: Hub, tmp_path: Path
+) -> None:
+    before = {key: fetch(store, key) for key in (ONE, HUB)}
+    (tmp_path / "root" / "one" / "adapter_config.json").write_text("{")
+    del hub.repos["owner/adapter"]
+    for key, info in before.items():
+        with pytest.raises(AdapterFault):
+            refresh(store, key)
+        assert fetch(store, key) == info
+        drop(store, key, Tier.HOST)
+    assert fetch(store, HUB) == before[HUB]  # its download is still there
+
+
+def test_what_nobody_knows_any_more_is_dropped_at_once(
+    store: AdapterStore, hub: Hub, tmp_path: Path
+) -> None:
+    old, two = fetch(store, ONE), fetch(store, TWO)
+    change(hub, tmp_path, seed=1)
+    new = refresh(store, ONE)
+    store.drop_superseded()
+    with pytest.raises(AdapterNotFound):
+        store.host(old.content)
+    assert store.host(new.content).nbytes + store.host(two.content).nbytes > 0
+
+
+def change(hub: Hub, tmp_path: Path, seed: int) -> None:
+    """Other weights, in the folder and on the hub."""
+    for directory in (tmp_path / "root" / "one", hub.repos["owner/adapter"].directory):
+        write_adapter(directory, tensors=tensors_of(seed=seed))
 
 
 def test_an_adapter_that_changed_on_disk_is_read_again(store: AdapterStore, tmp_path: Path) -> None:
@@ -195,7 +270,7 @@ def test_a_merge_is_an_adapter_in_every_tier(store: AdapterStore, hub: Hub) -> N
     assert fetch(store, key) == replace(sized, tier=Tier.HOST)
     # A and B are summed apart, so two quarters of the same adapter are that adapter.
     fetch(store, ONE)
-    merged, whole = store.host(key), store.host(ONE)
+    merged, whole = host(store, key), host(store, ONE)
     assert merged.form == whole.form
     product, expected = (_product(packed.form.rows[0], packed.buffer) for packed in (merged, whole))
     torch.testing.assert_close(product, expected, rtol=0.02, atol=0.1)
@@ -204,7 +279,7 @@ def test_a_merge_is_an_adapter_in_every_tier(store: AdapterStore, hub: Hub) -> N
     assert fetch(store, key).tier is Tier.HOST
     drop(store, key, Tier.HOST)
     with pytest.raises(AdapterNotFound):
-        store.host(key)
+        host(store, key)
     drop(store, key, Tier.DISK)
     assert key not in [info.key for info in store.list()]
 

@@ -203,7 +203,7 @@ def test_the_store_gives_copies_of_the_base_no_room(tmp_path: Path) -> None:
             config, tiny_layout(), torch.bfloat16, torch.device("cpu"), base=weights
         )
         info = store.fetch(request, lambda progress: None)
-        packed = store.host(request.key)
+        packed = store.host(info.content)
         assert info.packed_bytes == packed.nbytes
         assert info.vocab_size == VOCAB + 2
         sizes.append(packed.nbytes)

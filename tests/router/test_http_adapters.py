@@ -191,6 +191,20 @@ async def test_drop_waits_for_requests_and_the_next_one_loads_anew() -> None:
         assert (await delete(service, "/v1/adapters/nobody"))[0] == 404
 
 
+async def test_a_reload_keeps_the_pin_of_the_device() -> None:
+    async with serving() as service:
+        call = {"adapter_id": "adapter-1", "pin": "device"}
+        pinned = await service.json("/v1/adapters", call)
+        service.shard.contents["adapter-1"] = "new digest"
+        reload = {"adapter_id": "adapter-1", "reload": True}
+        reloaded = await service.json("/v1/adapters", reload)
+        assert (pinned["digest"], reloaded["digest"]) == ("digest of adapter-1", "new digest")
+        assert pinned["pinned"] == reloaded["pinned"] == reloaded["tier"] == "device"
+        await service.json("/v1/adapters", {"adapter_id": "adapter-1", "reload": 1}, status=422)
+        await service.generate("abc", adapter_id="adapter-1", max_new_tokens=1)
+        assert service.shard.superseded == {}
+
+
 async def test_vllms_routes() -> None:
     async with serving() as service:
         load = {"lora_name": "sql", "lora_path": "adapter-1"}
@@ -199,9 +213,15 @@ async def test_vllms_routes() -> None:
         again = await service.json("/v1/load_lora_adapter", load, status=400)
         assert "has already been loaded" in again["error"]["message"]
         service.shard.contents["adapter-1"] = "new digest"
+        service.shard.steps.close()  # so that a request goes on and on
+        running = asyncio.create_task(service.generate("abc", adapter_id="sql"))
+        await service.shard.saw(lambda: bool(service.shard.plans))
         inplace = await service.post("/v1/load_lora_adapter", load | {"load_inplace": True})
         assert inplace.status == 200
+        assert not running.done()
         assert (await listed(service))["adapter-1"]["digest"] == "new digest"
+        service.shard.steps.open()
+        await running
         missing = {"lora_name": "x", "lora_path": "missing"}
         await service.json("/v1/load_lora_adapter", missing, status=404)
         await service.json("/v1/load_lora_adapter", {"lora_name": "x"}, status=422)

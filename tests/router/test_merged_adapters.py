@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 
 from lorafleet.cache.recipe import Member, MergeRecipe
-from lorafleet.proto.messages import AdapterKey, Tier
+from lorafleet.proto.messages import AdapterKey
 from lorafleet.router.adapter import AdapterPin
 from lorafleet.router.adapters import AdapterDirectory
 from lorafleet.router.errors import AdapterForbidden, AdapterNotFound
@@ -199,29 +199,42 @@ async def test_a_merge_is_for_those_who_may_use_every_member() -> None:
 async def begin_anew(
     directory: AdapterDirectory, shard: FakeShard
 ) -> tuple[AdapterKey, AdapterPin, asyncio.Task[AdapterPin]]:
-    """A merge, pinned and in use, and the request that waits because a member has changed."""
+    """A merge, pinned and in use, and a request that comes after a member has changed."""
     member = hub("adapter-2")
     key = merge_of(hub("adapter-1"), member)
     old = await directory.acquire(key, "")
-    directory.tiers.keep(key)
+    directory.tiers.keep(old.adapter.content)
     shard.contents[member.id] = "new digest"
     await directory.drop(member)
-    coming = asyncio.create_task(directory.acquire(key, ""))
-    await until(lambda: key in directory._removals)
-    return key, old, coming
+    return key, old, asyncio.create_task(directory.acquire(key, ""))
 
 
 async def test_a_merge_is_made_anew_when_a_member_has_changed() -> None:
     with FakeShard() as shard:
         async with directory_of(shard) as (directory, dropped):
             key, old, coming = await begin_anew(directory, shard)
-            assert not coming.done()  # running requests finish on what they began with
-            old.close()
-            new = await coming
+            new = await coming  # running requests finish on what they began with
             assert new.adapter.info.digest == "digest of adapter-1 + new digest"
-            assert old.adapter in dropped
-            assert directory.tiers.host.is_kept(key)
+            assert old.adapter not in dropped
+            assert directory.tiers.host.is_kept(new.adapter.content)
             assert (await directory.acquire(key, "")).adapter is new.adapter
+            old.close()
+            await until(lambda: old.adapter.content not in directory.tiers.host)
+            assert old.adapter in dropped
+            assert shard.superseded == {}
+
+
+async def test_a_merge_is_reloaded_with_its_members() -> None:
+    members = hub("adapter-1"), hub("adapter-2")
+    with FakeShard() as shard:
+        async with directory_of(shard) as (directory, _):
+            old = await directory.acquire(merge_of(*members), "")
+            shard.contents["adapter-2"] = "new digest"
+            (await directory.acquire(merge_of(*members), "")).close()
+            assert directory.find(merge_of(*members)) is old.adapter
+            new = await directory.reload(merge_of(*members), "")
+            assert new.info.digest == "digest of adapter-1 + new digest"
+            old.close()
 
 
 async def test_the_callers_token_is_for_the_members() -> None:
@@ -247,7 +260,7 @@ async def test_a_drop_ends_the_pin_of_a_merge_that_is_being_made_anew() -> None:
             old.close()
             await dropping
             (await coming).close()
-            assert not directory.tiers.host.is_kept(key)
+            assert not directory.tiers.is_kept(key)
 
 
 @pytest.mark.parametrize("is_loaded", [False, True])
@@ -257,7 +270,7 @@ async def test_members_that_were_evicted_meanwhile_are_not_left_uncounted(is_loa
         async with directory_of(shard) as (directory, _):
             for member in members:
                 await directory.validate(member, "")
-            await directory.tiers.drop(members[0], Tier.DISK)  # as others' evictions may
+            await directory.tiers.drop(members[0])  # as others' evictions may
             if is_loaded:
                 (await directory.acquire(merge_of(*members), "")).close()
             else:

@@ -140,7 +140,7 @@ def test_an_adapter_is_loaded_in_a_plan_without_rows_on_an_idle_engine() -> None
     sequence = driver.submit(make_request([5, 6], 2), adapter)
     driver.turn()
     plan = driver.plans[0]
-    assert plan.moves == [AdapterMove(adapter.key, 1, [0], [2 * UNIT])]
+    assert plan.moves == [AdapterMove(adapter.key, 1, [0], [2 * UNIT], adapter.info.digest)]
     assert plan.rows == []
     driver.finish()
     assert driver.tokens(sequence) == driver.expected(sequence)

@@ -119,6 +119,9 @@ class Stream:
         result: StepResult = decode(next(self._results))
         return result
 
+    def send(self, plan: StepPlan) -> None:
+        self._plans.put(plan)
+
     def close(self) -> None:
         self._plans.put(None)
         assert list(self._results) == []
@@ -187,7 +190,7 @@ def test_an_adapter_climbs_the_tiers_and_acts(shard: Shard) -> None:
     info = updates[-1].info
     assert 0 < info.piece_bytes < info.packed_bytes // 2
     half = info.packed_bytes // 512 * 256 + info.piece_bytes  # it must be cut somewhere
-    move = AdapterMove(KEY, 5, [256 + 2 * half, 256], [half, half])
+    move = AdapterMove(KEY, 5, [256 + 2 * half, 256], [half, half], info.digest)
     loaded = stream.step(StepPlan(1, moves=[move]))
     assert loaded.ready_slots == [5]
     assert generate(stream, 6, slot=5) == oracle.answer(PROMPT, KEY.id, 6)
@@ -207,7 +210,11 @@ def test_a_newer_stream_fences_off_the_older(shard: Shard) -> None:
     assert "newer stream" in str(caught.value.details())
     again = Stream(shard)
     assert generate(again, 3) == tokens
-    again.close()
+    for _ in range(2000):  # more than are computed before the next stream makes them void
+        again.send(prefill())
+    last = Stream(shard)
+    assert generate(last, 3) == tokens
+    last.close()
 
 
 @pytest.mark.parametrize(
@@ -266,10 +273,10 @@ def test_an_error_in_the_compute_loop_ends_the_process(shard: Shard, tmp_path: P
         with grpc.insecure_channel(address) as channel:
             own = replace(shard, process=process, channel=channel)
             stream = Stream(replace(own, stub=shard_pb2_grpc.ShardStub(channel)))
-            with pytest.raises(grpc.RpcError):  # an adapter that is not in host memory
-                stream.step(
-                    StepPlan(1, moves=[AdapterMove(AdapterKey("local", "x"), 1, [0], [256])])
-                )
+            # of an adapter that is not in host memory
+            move = AdapterMove(AdapterKey("local", "x"), 1, [0], [256], "digest")
+            with pytest.raises(grpc.RpcError):
+                stream.step(StepPlan(1, moves=[move]))
         assert process.wait(30) == 1
         assert process.stderr is not None
         assert b"step 1 failed: 0 starts, 1 moves" in process.stderr.read()
