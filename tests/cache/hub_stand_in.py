@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 _PIECE_BYTES = 1 << 18  # of an answer that is sent at a rate
@@ -73,8 +74,7 @@ class Hub:
     @contextmanager
     def serve(self) -> Iterator[Hub]:
         """Serves on a free port until the block ends."""
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        server.daemon_threads = True
+        server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{server.server_port}"
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
@@ -91,6 +91,15 @@ class Hub:
     def count(self, text: str) -> int:
         """How many requests had this in their method and path."""
         return sum(text in request for request in self.requests)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that break off, which is what many tests are about, are no errors."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
