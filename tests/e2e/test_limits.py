@@ -1,4 +1,4 @@
-"""Token for token, with the limits of the service made tight, together and one at a time."""
+"""Token for token, with the limits of the service made tight, together and a few at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Families = Callable[[str], Family]
 
 
 # Windows and soft caps, and experts: what the limits could go wrong with beside llama's layers,
-# which have them one at a time.
+# which have them apart.
 _TIGHT = ("gemma2", "mixtral")
 
 
@@ -33,21 +33,18 @@ async def test_small_chunks_few_pages_and_two_slots_change_nothing(
 
 
 @pytest.mark.parametrize(
-    ("flag", "happened"),
+    ("limits", "happened"),
     [
-        ("--prefill-chunk-tokens=7", None),
-        ("--max-batch-prefill-tokens=7", None),
-        ("--kv-pages=12", "lorafleet_preemptions_total"),
-        ("--max-active-adapters=2", "lorafleet_adapter_evictions_total"),
-        ("--no-prefix-caching", None),
-        ("--max-batch-size=3", None),
+        (("--kv-pages=12",), "lorafleet_preemptions_total"),
+        (("--max-batch-prefill-tokens=7", "--no-prefix-caching"), None),
+        (("--max-batch-size=3", "--max-active-adapters=2"), "lorafleet_adapter_evictions_total"),
     ],
 )
-async def test_one_limit_at_a_time(
-    family: Families, flag: str, happened: str | None, tmp_path: Path
+async def test_limits_change_no_token(
+    family: Families, limits: tuple[str, ...], happened: str | None, tmp_path: Path
 ) -> None:
     made = family("llama")
-    flags = ("--num-shard=1", f"--adapter-root={made.adapter_root}", flag)
+    flags = ("--num-shard=1", f"--adapter-root={made.adapter_root}", *limits)
     with serve(made.model, tmp_path, *flags) as service:
         answers = await ask_all(service, made.questions)
         assert answers == [question.answer for question in made.questions]

@@ -14,7 +14,7 @@ import aiohttp
 from tests.e2e.questions import Family, Question
 from tests.e2e.service import serve
 
-NAME, NEW_TOKENS = "app", 450
+NAME, NEW_TOKENS = "app", 250
 
 
 async def test_a_reload_touches_no_running_request(
