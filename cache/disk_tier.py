@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -40,6 +40,7 @@ class Download:
     commit: str  # names the content; empty = nothing does, so a part of it is worth nothing
     nbytes: int  # while it is under way: what it may need
     is_restricted: bool  # whether the source gives it to some callers only
+    planned_at: float = field(default=0.0, compare=False)  # when the source was asked, Unix time
 
 
 class DiskTier:
@@ -62,6 +63,11 @@ class DiskTier:
         """The record of a complete download, or None."""
         record = _read_record(self.path(key) / _RECORD_FILE)
         return record if record is not None and record.key == key else None
+
+    def settled(self, key: AdapterKey) -> Download | None:
+        """The same once nobody is downloading, replacing or dropping it."""
+        with self.lock(key):
+            return self.get(key)
 
     def list(self, source: str = "[!.]*") -> list[Download]:
         """Every complete download, whichever process made it, sorted by source and name."""
@@ -95,22 +101,22 @@ class DiskTier:
             return download, False
         with self.lock(key):
             held = self.get(key)
-            if held and not (refresh and self._made_at(key) < began):
+            if held and not (refresh and held.planned_at < began):
                 return held, False
+            planned_at = time.time()
             planned, fill = plan()
             if held and held.commit and held.commit == planned.commit:
-                if held.is_restricted != planned.is_restricted:
-                    held = replace(held, is_restricted=planned.is_restricted)
-                    _write_record(self.path(key) / _RECORD_FILE, held)
+                held = replace(held, is_restricted=planned.is_restricted, planned_at=planned_at)
+                _write_record(self.path(key) / _RECORD_FILE, held)
                 return held, True
-            return self.put(planned, fill), True
+            return self.put(replace(planned, planned_at=planned_at), fill), True
 
     def put(self, download: Download, fill: Fill) -> Download:
         """Lets `fill` write the files aside, then makes them the adapter. The caller holds `lock`.
 
         `fill` finds what an earlier try left of the same content. A source that breaks off and a
         full disk leave what there is for the next try; whatever else `fill` raises leaves nothing.
-        A complete download of other content stays until this one is complete.
+        A complete download of other content stays until this one is complete, if there is room.
         """
         aside, path = self._aside(download.key), self.path(download.key)
         left = _read_record(aside / _PARTIAL_FILE)
@@ -122,8 +128,7 @@ class DiskTier:
             (aside / _PARTIAL_FILE).unlink()
             _write_record(aside / _RECORD_FILE, done)
             path.parent.mkdir(exist_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
-            aside.rename(path)
+            self._replace(download.key, aside)
         except (SourceUnavailable, SourceTimeout, TierFull):
             raise
         except BaseException:
@@ -144,6 +149,8 @@ class DiskTier:
         with FileLock(self._directory / _ROOM):
             if self._used_besides(download.key) + download.nbytes > self._budget:
                 self._discard_idle()
+            if self._used_besides(download.key) + download.nbytes > self._budget:
+                self._replace(download.key, None)  # what this download takes the place of
             used = self._used_besides(download.key)
             if used + download.nbytes > self._budget:
                 raise TierFull(
@@ -157,12 +164,20 @@ class DiskTier:
     def drop(self, key: AdapterKey) -> None:
         """Deletes a download; what is not there is dropped already."""
         with self.lock(key):
-            aside = self._aside(key)
-            shutil.rmtree(aside, ignore_errors=True)
-            if self.path(key).exists():
-                aside.parent.mkdir(parents=True, exist_ok=True)
-                self.path(key).rename(aside)
-                shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(self._aside(key), ignore_errors=True)
+            self._replace(key, None)
+
+    def _replace(self, key: AdapterKey, made: Path | None) -> None:
+        """Has `made`, or nothing, take the place of a download, of which no half is ever left."""
+        path, aside = self.path(key), self._aside(key)
+        old = aside.with_name(f"{aside.name}#old")  # the name of no adapter
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            old.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(old)
+        if made is not None:
+            made.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _aside(self, key: AdapterKey) -> Path:
         return self._directory / _PARTIAL / _name(key)
@@ -172,9 +187,6 @@ class DiskTier:
         asides = (_read_record(path / _PARTIAL_FILE) for path in self._asides())
         others = (record for record in asides if record is not None and record.key != key)
         return sum(record.nbytes for record in (*self.list(), *others))
-
-    def _made_at(self, key: AdapterKey) -> float:
-        return (self.path(key) / _RECORD_FILE).stat().st_mtime
 
     def _asides(self) -> Iterator[Path]:
         return (self._directory / _PARTIAL).glob("*/*")
@@ -212,7 +224,9 @@ def _read_record(path: Path) -> Download | None:
 
 
 def _write_record(path: Path, download: Download) -> None:
-    with path.open("w") as file:
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w") as file:
         file.write(json.dumps(asdict(download)))
         file.flush()
         os.fsync(file.fileno())
+    new.replace(path)  # others read it meanwhile

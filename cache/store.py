@@ -8,10 +8,16 @@ from typing import Protocol
 
 import torch
 
-from lorafleet.cache.adapter_files import AdapterSpec, digest_files, read_spec
+from lorafleet.cache.adapter_files import AdapterSpec, digest_files, file_states, read_spec
 from lorafleet.cache.base_tables import BaseTables
 from lorafleet.cache.base_weights import BaseWeights
-from lorafleet.cache.errors import AdapterNotFound, AdapterUnservable, SourceUnavailable, shown
+from lorafleet.cache.errors import (
+    AdapterFault,
+    AdapterNotFound,
+    AdapterUnservable,
+    SourceUnavailable,
+    shown,
+)
 from lorafleet.cache.host_tier import HostTier
 from lorafleet.cache.key_locks import KeyLocks
 from lorafleet.cache.layout import ModelLayout
@@ -79,29 +85,26 @@ class AdapterStore:
         self._sources: dict[str, AdapterSource] = open_sources(
             config, layout, hub_endpoint, base_tokenizer
         )
-        self._adapters: dict[AdapterKey, _Adapter] = {}
+        self._adapters: dict[AdapterKey, _Adapter] = {}  # as they are at present
+        self._held: dict[AdapterContent, _Adapter] = {}  # in host memory, older ones too
         self._locks = KeyLocks()
 
     def fetch(self, request: FetchAdapterRequest, progress: Progress) -> AdapterInfo:
         """Raises an adapter to DISK (found, valid, sized) or HOST (packed as well).
 
-        An adapter that is held is held as it was read, whatever its source has by now, unless a
-        `refresh` is asked for: then what is there is the adapter, and older content stays in host
-        memory, for those who know its digest, until it is dropped. Raises AdapterFault subclasses;
-        `progress` must not raise.
+        What host memory has is as it was read, whatever its source has by now, unless a `refresh`
+        is asked for: then what is there is the adapter, and older content stays, for those who know
+        its digest, until it is dropped. Of a digest that is not there nothing is packed. Raises
+        AdapterFault subclasses; `progress` must not raise.
         """
         key = request.key
         source = self._source(key)
         with self._locks.hold(key):
-            held = self._adapters.get(key)
-            if held is not None and self._holds(held) and not request.refresh:
-                source.authorize(key, request.api_token)
-                return self._info(held)
-            directory = source.fetch(key, request.api_token, progress, request.refresh)
-            adapter = self._read(key, directory, progress)
-            if request.tier >= Tier.HOST and not self._holds(adapter):
-                self._pack(adapter, progress)
-            return self._info(adapter)
+            held = None if request.refresh else self._held_as(key, request.digest)
+            if held is None:
+                return self._info(self._fetch(source, request, progress))
+            source.authorize(key, request.api_token)
+            return self._info(held)
 
     def drop(self, request: DropAdapterRequest) -> None:
         """Forgets an adapter's copy in a tier and above; what is not there is dropped already.
@@ -111,11 +114,11 @@ class AdapterStore:
         key = request.key
         with self._locks.hold(key):
             if request.digest:
-                self._host.drop(AdapterContent(key, request.digest))
+                self._drop_content(AdapterContent(key, request.digest))
             else:
                 for content in self._host.contents():
                     if content.key == key:
-                        self._host.drop(content)
+                        self._drop_content(content)
             if request.tier <= Tier.DISK:
                 self._adapters.pop(key, None)
                 if source := self._sources.get(key.source):
@@ -135,8 +138,8 @@ class AdapterStore:
                 try:
                     infos.append(self._info(self._listed(key, directory)))
                 except AdapterUnservable:
-                    infos.append(_hidden(key, source.disk_bytes(key)))
-            infos += [_hidden(key, source.disk_bytes(key)) for key in source.list_restricted()]
+                    infos.append(self._hidden(key, source))
+            infos += [self._hidden(key, source) for key in source.list_restricted()]
         held = self._host.contents()  # of one moment, so that together they fit the budget
         return [
             replace(info, tier=Tier.HOST if info.content in held else Tier.DISK)
@@ -163,10 +166,44 @@ class AdapterStore:
     def drop_superseded(self) -> None:
         """Forgets contents that only those who began before a refresh know. Waits for no work."""
         for content in self._host.contents():
-            with self._locks.hold(content.key, wait=False) as is_held:
-                present = self._adapters.get(content.key)
-                if is_held and (present is None or present.digest != content.digest):
-                    self._host.drop(content)
+            present = self._adapters.get(content.key)
+            if present is None or present.digest != content.digest:
+                self._drop_content(content)
+
+    def _fetch(
+        self, source: AdapterSource, request: FetchAdapterRequest, progress: Progress
+    ) -> _Adapter:
+        """What the source has, packed if that is asked for. Files that change meanwhile, since
+        other ranks' processes share them, are read once more."""
+        directory = source.fetch(request.key, request.api_token, progress, request.refresh)
+        states = self._states(directory)
+        try:
+            return self._taken(directory, request, progress)
+        except AdapterFault:
+            if self._states(directory) == states:
+                raise
+        directory = source.fetch(request.key, request.api_token, progress)
+        return self._taken(directory, request, progress)
+
+    def _taken(self, directory: Path, request: FetchAdapterRequest, progress: Progress) -> _Adapter:
+        adapter = self._read(request.key, directory, progress)
+        is_meant = request.digest in ("", adapter.digest)
+        if request.tier >= Tier.HOST and is_meant and not self._holds(adapter):
+            self._pack(adapter, progress)
+        return adapter
+
+    def _states(self, directory: Path) -> object:
+        """Tells whether any of the files is another; None where they are not an adapter's."""
+        try:
+            return file_states(directory, self._allow_pickles)
+        except AdapterUnservable:
+            return None
+
+    def _held_as(self, key: AdapterKey, digest: str) -> _Adapter | None:
+        """The adapter that host memory has, of this content or of the present one."""
+        present = self._adapters.get(key)
+        known = digest or (present.digest if present is not None else "")
+        return self._held.get(AdapterContent(key, known))
 
     def _source(self, key: AdapterKey) -> AdapterSource:
         source = self._sources.get(key.source)
@@ -194,7 +231,7 @@ class AdapterStore:
 
     def _holds(self, adapter: _Adapter) -> bool:
         """Whether host memory has this content."""
-        return self._host.get(AdapterContent(adapter.key, adapter.digest)) is not None
+        return AdapterContent(adapter.key, adapter.digest) in self._held
 
     def _headers(self, key: AdapterKey, directory: Path) -> _Adapter:
         """The adapter as its headers say. Raises AdapterUnservable."""
@@ -241,11 +278,15 @@ class AdapterStore:
         def report(done: int) -> None:
             progress(FetchProgress("packing", done, total))
 
+        content = AdapterContent(adapter.key, adapter.digest)
         self._host.put(
-            AdapterContent(adapter.key, adapter.digest),
-            adapter.form,
-            lambda packed: pack(adapter.spec, self._layout, packed, report),
+            content, adapter.form, lambda packed: pack(adapter.spec, self._layout, packed, report)
         )
+        self._held[content] = adapter
+
+    def _drop_content(self, content: AdapterContent) -> None:
+        self._held.pop(content, None)
+        self._host.drop(content)
 
     def _info(self, adapter: _Adapter) -> AdapterInfo:
         key = adapter.key
@@ -262,7 +303,9 @@ class AdapterStore:
             tokenizer_digest=adapter.tokenizer_digest,
         )
 
-
-def _hidden(key: AdapterKey, disk_bytes: int) -> AdapterInfo:
-    """Of an adapter nothing is told but what it takes."""
-    return AdapterInfo(key, "", 0, 0, disk_bytes, [], Tier.DISK, is_public=False)
+    def _hidden(self, key: AdapterKey, source: AdapterSource) -> AdapterInfo:
+        """Of an adapter nothing is told but what it takes, and the name of that."""
+        held = self._held_as(key, "")
+        digest, nbytes = (held.digest, held.form.nbytes) if held is not None else ("", 0)
+        disk_bytes = source.disk_bytes(key)
+        return AdapterInfo(key, digest, 0, nbytes, disk_bytes, [], Tier.DISK, is_public=False)

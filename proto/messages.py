@@ -142,6 +142,7 @@ class FetchAdapterRequest:
     tier: Tier
     api_token: str = field(default="", repr=False)
     refresh: bool = False
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from lorafleet.router.access import AccessMemory
 from lorafleet.router.activity import Activity
 from lorafleet.router.adapter import Adapter, AdapterPin
 from lorafleet.router.callers import Caller, Callers
-from lorafleet.router.errors import AdapterUnservable
+from lorafleet.router.errors import AdapterChanged, AdapterUnservable
 from lorafleet.router.failure_memory import FailureMemory
 from lorafleet.router.shards import ShardGroup
 from lorafleet.router.superseded import Superseded
@@ -24,10 +24,6 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 _MAX_CHANGES = 3  # of an adapter's content, between one look at it and its load
-
-
-class _ContentChanged(Exception):
-    """The adapter is another one since it was validated."""
 
 
 class AdapterDirectory:
@@ -60,7 +56,7 @@ class AdapterDirectory:
         # A token is part of a check's identity, so that nobody profits from another's access.
         self._checks: dict[Caller, asyncio.Task[Adapter]] = {}
         self._callers = Callers()
-        self._reloads: dict[Caller, asyncio.Task[Adapter]] = {}
+        self._reloads: dict[AdapterKey, asyncio.Task[Adapter]] = {}
         self._loads: dict[Adapter, asyncio.Task[None]] = {}
         self._removals: dict[AdapterKey, asyncio.Task[None]] = {}
         self.tiers = HostAndDisk(
@@ -107,8 +103,14 @@ class AdapterDirectory:
         await _all(self.reload(member, api_token) for member in members_of(key))
         made_of = await self._members_validated(key, api_token)
         with self._claimed(key):
+            while key in self._reloads:  # it may have looked before the change of this one's caller
+                await asyncio.wait([self._reloads[key]])
             check = self._check(key, api_token, made_of, refresh=True)
-            return await _shared(self._reloads, self._callers.of(key, api_token), check)
+            return await _shared(self._reloads, key, check)
+
+    async def retired(self, adapter: Adapter) -> None:
+        """Returns once nothing is left of an adapter that a reload has replaced."""
+        await self.tiers.until(lambda: self._superseded.find(adapter.content) is not adapter)
 
     async def drop(self, key: AdapterKey) -> None:
         """Frees every tier once the requests that use the adapter have ended, also if cancelled.
@@ -121,6 +123,12 @@ class AdapterDirectory:
     def in_use(self) -> list[Adapter]:
         """Adapters that requests or copies under way use, older contents too."""
         return [adapter for adapter in (*self, *self._superseded) if adapter.is_pinned]
+
+    def contents_of(self, key: AdapterKey) -> list[Adapter]:
+        """The adapter, if it is known, and older contents that are still in use."""
+        adapter = self._adapters.get(key)
+        older = [adapter for adapter in self._superseded if adapter.key == key]
+        return older if adapter is None else [adapter, *older]
 
     def find(self, key: AdapterKey) -> Adapter | None:
         """The adapter, if it is known: in host memory, or on its way there."""
@@ -168,9 +176,9 @@ class AdapterDirectory:
     async def _remove(self, key: AdapterKey) -> None:
         await self.tiers.until(lambda: not self._is_disk_pinned(key))
         # Whoever asked for these is gone, and they would bring the adapter back.
-        tasks = (*self._checks.items(), *self._reloads.items())
-        checks = [task for (checked, _), task in tasks if checked == key]
-        await asyncio.gather(*checks, return_exceptions=True)
+        checks = [task for (checked, _), task in self._checks.items() if checked == key]
+        reloads = [task for checked, task in self._reloads.items() if checked == key]
+        await asyncio.gather(*checks, *reloads, return_exceptions=True)
         self.tiers.unkeep(key)
         self._forget(key)
         self._failures.forget(key)
@@ -186,7 +194,7 @@ class AdapterDirectory:
             try:
                 await self._loaded(pin.adapter, api_token)
                 return pin
-            except _ContentChanged:
+            except AdapterChanged:
                 pin.close()
             except BaseException:
                 pin.close()
@@ -197,7 +205,8 @@ class AdapterDirectory:
         self, key: AdapterKey, api_token: str, made_of: tuple[str, ...]
     ) -> Adapter:
         adapter = self._adapters.get(key)
-        is_outdated = adapter is not None and adapter.made_of != made_of
+        # What shards hold of a merge that is not known here was made of nobody knows what.
+        is_outdated = made_of != (adapter.made_of if adapter is not None else ())
         if adapter is None or is_outdated or self._must_ask(key, api_token):
             self._failures.check(key, api_token)
             check = self._check(key, api_token, made_of, refresh=is_outdated)
@@ -216,10 +225,15 @@ class AdapterDirectory:
     async def _check(
         self, key: AdapterKey, api_token: str, made_of: tuple[str, ...], refresh: bool
     ) -> Adapter:
+        known = self._adapters.get(key)
+        digest = known.info.digest if known is not None and not refresh else ""
         try:
             with self._failures.watch(key, api_token), self._access.watch(key, api_token):
-                info = await self.tiers.fetch_to_disk(key, api_token, refresh)
+                info = await self.tiers.fetch_to_disk(key, api_token, refresh, digest)
                 self._refuse_too_large(info)
+                if refresh:  # whoever had access may have lost it with the change
+                    self._access.forget(key)
+                    self._failures.forget(key)
         finally:
             await self._delete_uncounted(members_of(key))
         if not api_token:
@@ -227,14 +241,22 @@ class AdapterDirectory:
         elif (refresh or key not in self._adapters) and not made_of:
             self._private.add(key)
         adapter = self._adapters.get(key)
+        if adapter is not None and adapter is not known and not refresh:
+            return adapter  # a reload was quicker: this answer is about older content
         if adapter is None or adapter.content != info.content:
-            if adapter is not None:
-                self._superseded.add(adapter)
-            adapter = self._superseded.take(info.content) or Adapter(info, self.tiers.wake)
-            self._adapters[key] = adapter
-            if adapter.in_host and self.tiers.is_kept(key):
-                self.tiers.keep(adapter.content)
+            adapter = self._put(info)
         adapter.made_of = made_of
+        return adapter
+
+    def _put(self, info: AdapterInfo) -> Adapter:
+        """The adapter with this content, in the place of what was known."""
+        key = info.key
+        if (before := self._adapters.get(key)) is not None:
+            self._superseded.add(before)
+        adapter = self._superseded.take(info.content) or Adapter(info, self.tiers.wake)
+        self._adapters[key] = adapter
+        if self.tiers.is_kept(key):
+            self.tiers.keep(adapter.content)
         return adapter
 
     def _refuse_too_large(self, info: AdapterInfo) -> None:
@@ -258,12 +280,9 @@ class AdapterDirectory:
         try:
             # It may have been evicted since it was validated, or superseded.
             if self._adapters.setdefault(adapter.key, adapter) is not adapter:
-                raise _ContentChanged
+                raise AdapterChanged(f"adapter {adapter.key} is another by now")
             with self._failures.watch(adapter.key, api_token):
-                info = await self.tiers.load_to_host(adapter.content, adapter.nbytes, api_token)
-            if info.content != adapter.content:
-                await self._drop_changed(adapter, info)
-                raise _ContentChanged
+                await self.tiers.load_to_host(adapter.content, adapter.nbytes, api_token)
             adapter.in_host = True
         except BaseException:
             if self._adapters.get(adapter.key) is adapter:
@@ -277,13 +296,6 @@ class AdapterDirectory:
         for member in members:
             if not self._is_disk_pinned(member):  # else whoever fetches it counts it
                 await self.tiers.delete_uncounted(member)
-
-    async def _drop_changed(self, adapter: Adapter, info: AdapterInfo) -> None:
-        """Another content than the adapter's was packed, which nobody has counted."""
-        await self.tiers.drop_content(adapter.content)
-        known = self._adapters.get(adapter.key)
-        if known is None or known.content != info.content:  # else it counts it when it loads it
-            await self.tiers.drop_content(info.content)
 
     def _forget(self, key: AdapterKey, content: AdapterContent | None = None) -> None:
         """The adapter's copies go, or those of one content: superseded ones look to themselves."""

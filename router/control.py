@@ -60,7 +60,14 @@ class AdapterControl:
         adapter = await self._directory.reload(key, api_token)
         if before is not None and adapter is not before:
             self._device.ledger.unkeep(before)
-        if pinned:
+        if not pinned:
+            return
+        try:
+            await self.pin(key, api_token, pinned)
+        except NoAdapterRoom:
+            if before is None or before is adapter:
+                raise
+            await self._directory.retired(before)
             await self.pin(key, api_token, pinned)
 
     def unpin(self, key: AdapterKey) -> None:

@@ -317,10 +317,8 @@ class Engine:
             )
 
     def _count_waiting(self, key: AdapterKey | None) -> int:
-        adapter = self._directory.find(key) if key is not None else None
-        if key is not None and adapter is None:
-            return 0
-        return self._scheduler.waiting.count(adapter)
+        adapters = self._directory.contents_of(key) if key is not None else [None]
+        return sum(map(self._scheduler.waiting.count, adapters))
 
     def _waited(self, key: AdapterKey | None) -> float:
         adapter = self._directory.find(key) if key is not None else None

@@ -116,6 +116,10 @@ class AdapterUnservable(AdapterError):
     error_type = "adapter_unservable"
 
 
+class AdapterChanged(AdapterUnservable):
+    """The adapter's content is another than a moment ago."""
+
+
 class SourceUnavailable(AdapterError):
     """The adapter's source is down."""
 

@@ -13,6 +13,7 @@ from lorafleet.cache import recipe
 from lorafleet.proto.messages import AdapterKey
 from lorafleet.router.callers import Caller, Callers
 from lorafleet.router.errors import (
+    AdapterChanged,
     AdapterError,
     AdapterForbidden,
     AdapterNotFound,
@@ -92,6 +93,8 @@ class FailureMemory:
 
     def _failed(self, key: AdapterKey, api_token: str, error: AdapterError) -> None:
         if not self._max_seconds or key.source in _UNREMEMBERED:
+            return
+        if isinstance(error, AdapterChanged):  # the next look is at another content
             return
         now, caller = self._clock(), self._callers.of(key, api_token)
         last = self._failures.pop(caller, None)

@@ -10,7 +10,7 @@ from functools import partial
 
 from lorafleet.proto.messages import AdapterKey, AdapterTokenizer, ShardInfo
 from lorafleet.router.adapter import Adapter
-from lorafleet.router.errors import AdapterUnservable
+from lorafleet.router.errors import AdapterChanged
 from lorafleet.router.prompt_form import BaseForm, PromptForm
 from lorafleet.router.template_renderer import TemplateRenderer
 
@@ -66,7 +66,7 @@ class PromptForms:
     async def _build(self, key: AdapterKey, digest: str) -> PromptForm:
         files = await self._fetch(key)
         if files.digest != digest:
-            raise AdapterUnservable(
+            raise AdapterChanged(
                 f"the tokenizer of adapter {key} changed after the adapter was loaded; drop the "
                 "adapter to load it anew"
             )

@@ -18,6 +18,7 @@ from lorafleet.router.concurrency import Concurrency
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.deadline import Deadline
 from lorafleet.router.engine import Engine
+from lorafleet.router.errors import AdapterChanged
 from lorafleet.router.event_stream import KeepAlive
 from lorafleet.router.generation import Generation
 from lorafleet.router.metrics import Metrics
@@ -86,11 +87,24 @@ class Service:
 
         Raises AdapterError, Overloaded, DeadlineExceeded or ShardLost.
         """
+        try:
+            held, form = await self._held(adapter, api_token, deadline)
+        except AdapterChanged:  # by a reload, before its tokenizer was read
+            held, form = await self._held(adapter, api_token, deadline)
+        try:
+            yield Addressee(held, form, self.engine.info)
+        finally:
+            held.close()
+
+    async def _held(
+        self, adapter: AdapterKey | None, api_token: str, deadline: Deadline
+    ) -> tuple[AdapterHold, PromptForm]:
         hold = await self.engine.hold(adapter, api_token, deadline)
         try:
-            yield Addressee(hold, await self._form(hold, deadline), self.engine.info)
-        finally:
+            return hold, await self._form(hold, deadline)
+        except BaseException:
             hold.close()
+            raise
 
     async def _form(self, hold: AdapterHold, deadline: Deadline) -> PromptForm:
         try:

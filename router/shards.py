@@ -22,7 +22,7 @@ from lorafleet.proto.messages import (
     StepResult,
     Tier,
 )
-from lorafleet.router.errors import AdapterUnservable, ShardLost
+from lorafleet.router.errors import AdapterChanged, ShardLost
 from lorafleet.router.rank import Rank
 
 T = TypeVar("T")
@@ -84,17 +84,25 @@ class ShardGroup:
         return result
 
     async def fetch(
-        self, key: AdapterKey, tier: Tier, api_token: str, refresh: bool = False
+        self,
+        key: AdapterKey,
+        tier: Tier,
+        api_token: str,
+        *,
+        refresh: bool = False,
+        digest: str = "",
     ) -> AdapterInfo:
         """Raises an adapter to a tier on every rank; its sizes are the largest of all ranks.
 
-        With `refresh` as its source has it now. Raises AdapterError, Overloaded (a tier is full)
-        or ShardLost.
+        With `refresh` as its source has it now. With a digest, that content where ranks hold it;
+        where they do not they tell what there is, and pack nothing else. Raises AdapterError,
+        AdapterChanged where ranks have different contents, Overloaded (a tier is full) or
+        ShardLost.
         """
-        request = FetchAdapterRequest(key, tier, api_token, refresh)
+        request = FetchAdapterRequest(key, tier, api_token, refresh, digest)
         infos = await _all(rank.fetch(request) for rank in self._ranks)
         if len({info.digest for info in infos}) > 1:
-            raise AdapterUnservable(f"adapter {key} has different content on different shards")
+            raise AdapterChanged(f"adapter {key} has different content on different shards")
         return _merged(infos)
 
     async def drop(self, key: AdapterKey, tier: Tier, digest: str = "") -> None:
@@ -110,7 +118,10 @@ class ShardGroup:
         return await self._ranks[0].tokenizer(key)
 
     async def list_adapters(self) -> list[AdapterInfo]:
-        """Adapters any rank holds, with the largest sizes and the highest tier of all ranks."""
+        """Adapters any rank holds, with the largest sizes and the highest tier of all ranks.
+
+        The digest is empty where they have different contents.
+        """
         by_key: dict[AdapterKey, list[AdapterInfo]] = {}
         for infos in await _all(rank.list_adapters() for rank in self._ranks):
             for info in infos:
@@ -143,6 +154,7 @@ class ShardGroup:
 def _merged(infos: list[AdapterInfo]) -> AdapterInfo:
     return replace(
         infos[0],
+        digest=infos[0].digest if len({info.digest for info in infos}) == 1 else "",
         packed_bytes=max(info.packed_bytes for info in infos),
         disk_bytes=max(info.disk_bytes for info in infos),
         tier=max(info.tier for info in infos),

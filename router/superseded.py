@@ -56,6 +56,7 @@ class Superseded:
             del self._adapters[content]
             adapter.in_host = False
             self._on_dropped(adapter)
+            self._tiers.wake()
             with suppress(ShardLost):  # then there is nothing to drop
                 await self._tiers.drop_content(content)
 

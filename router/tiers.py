@@ -5,12 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import TypeVar
 
 from lorafleet.cache.residency import ByteLedger
 from lorafleet.proto.messages import AdapterContent, AdapterInfo, AdapterKey, Tier
 from lorafleet.router.activity import Activity
-from lorafleet.router.errors import AdapterUnservable, NoAdapterRoom, Overloaded
+from lorafleet.router.errors import (
+    AdapterChanged,
+    AdapterUnservable,
+    NoAdapterRoom,
+    Overloaded,
+)
 from lorafleet.router.shards import ShardGroup
 
 K = TypeVar("K", bound=Hashable)
@@ -52,21 +58,24 @@ class HostAndDisk:
         for info in await self._shards.list_adapters():
             if info.disk_bytes:
                 self.disk.put(info.key, info.disk_bytes)
-            if info.tier >= Tier.HOST:
+            if info.tier >= Tier.HOST and info.digest:
                 self.host.put(info.content, info.packed_bytes)
+            elif info.tier >= Tier.HOST:  # ranks have different contents
+                await self._shards.drop(info.key, Tier.HOST)
         await self._make_disk_room(0)
         await self._make_host_room(0)
 
     async def fetch_to_disk(
-        self, key: AdapterKey, api_token: str, refresh: bool = False
+        self, key: AdapterKey, api_token: str, refresh: bool = False, digest: str = ""
     ) -> AdapterInfo:
         """Validates and sizes an adapter on every rank, downloading it if it is remote.
 
-        With `refresh` as its source has it now, whatever is held.
+        With `refresh` as its source has it now, whatever is held; with a digest that content,
+        where host memory has it.
         """
         started_at = time.monotonic()
         try:
-            info = await self._fetch_to_disk(key, api_token, refresh)
+            info = await self._fetch_to_disk(key, api_token, refresh, digest)
         except AdapterUnservable:
             await self._drop_refused(key)
             raise
@@ -92,8 +101,7 @@ class HostAndDisk:
     ) -> AdapterInfo:
         """Packs an adapter that the caller has pinned into every rank's host memory.
 
-        What the shards packed may be another content by now: the info says which, and its copy is
-        not counted.
+        Raises AdapterChanged, with nothing packed, if its source has other content by now.
         """
         key = content.key
         await self._dropped(content)
@@ -101,13 +109,16 @@ class HostAndDisk:
         async with self._host_room:
             await self._make_host_room(nbytes)
             self.host.put(content, nbytes)
-            if key in self._kept:
-                self._keep_in_host(content)
         started_at = time.monotonic()
         try:
-            info = await self._shards.fetch(key, Tier.HOST, api_token)
+            info = await self._shards.fetch(key, Tier.HOST, api_token, digest=content.digest)
+            if info.content != content:
+                raise AdapterChanged(f"adapter {key} changed while it was loaded")
             self._activity.loaded(key, Tier.HOST, time.monotonic() - started_at)
             return info
+        except AdapterChanged:
+            await self.drop_content(content)
+            raise
         except AdapterUnservable:
             await self.drop_content(content)
             await self._drop_refused(key)
@@ -128,12 +139,15 @@ class HostAndDisk:
 
     async def drop_content(self, content: AdapterContent) -> None:
         """Forgets one content's copy in host memory."""
+        if content in self._drops:
+            await self._dropped(content)
+            return
         done = self._drops[content] = asyncio.get_running_loop().create_future()
         try:
             await self._shards.drop(content.key, Tier.HOST, content.digest)
         finally:
             self.host.remove(content)
-            self._drops.pop(content, None)
+            del self._drops[content]
             done.set_result(None)
             self.wake()
 
@@ -148,10 +162,14 @@ class HostAndDisk:
     def keep(self, content: AdapterContent) -> None:
         """An adapter in host memory stays there, and its download on disk, until `unkeep`.
 
-        So does the content that takes this one's place.
+        Instead of any other content of it that was kept.
         """
-        self._keep_in_host(content)
-        self.disk.keep(content.key)
+        key, before = content.key, self._kept.get(content.key)
+        if before is not None and before != content:
+            self.host.unkeep(before)
+        self._kept[key] = content
+        self.host.keep(content)
+        self.disk.keep(key)
         self.wake()  # for those whose adapter can never fit now
 
     def unkeep(self, key: AdapterKey) -> None:
@@ -186,23 +204,23 @@ class HostAndDisk:
             ledger.check()
             assert ledger.used <= ledger.budget, "a tier is over its budget"
 
-    def _keep_in_host(self, content: AdapterContent) -> None:
-        before = self._kept.get(content.key)
-        if before is not None and before != content:
-            self.host.unkeep(before)
-        self._kept[content.key] = content
-        self.host.keep(content)
-
     async def _dropped(self, what: AdapterKey | AdapterContent) -> None:
         """Returns when no drop of it is under way."""
         while what in self._drops:
             await asyncio.shield(self._drops[what])
 
-    async def _fetch_to_disk(self, key: AdapterKey, api_token: str, refresh: bool) -> AdapterInfo:
+    async def _fetch_to_disk(
+        self, key: AdapterKey, api_token: str, refresh: bool, digest: str
+    ) -> AdapterInfo:
         await self._dropped(key)
+        fetch = partial(self._shards.fetch, key, Tier.DISK, api_token, digest=digest)
         while True:
             try:
-                return await self._shards.fetch(key, Tier.DISK, api_token, refresh)
+                return await fetch(refresh=refresh)
+            except AdapterChanged:
+                if refresh:
+                    raise
+                refresh = True  # the ranks may only have asked at different times
             except Overloaded:
                 # The disk filled up before the size was known; without anything to evict, the
                 # caller hears it.
@@ -213,9 +231,14 @@ class HostAndDisk:
                     await self._evict_from_disk(victim)
 
     async def _drop_refused(self, key: AdapterKey) -> None:
-        """What was downloaded and cannot be served takes no room: no ledger knows of it."""
-        if all(content.key != key for content in self.host):  # else it once could be served
+        """What was downloaded and cannot be served takes no room, unless it once could be."""
+        if all(content.key != key for content in self.host):
+            self._forget(key, None)
             await self.drop(key)
+            return
+        for info in await self._shards.list_adapters():
+            if info.key == key:
+                self.disk.put(key, info.disk_bytes)
 
     async def _make_host_room(self, nbytes: int) -> None:
         ledger = self.host

@@ -45,7 +45,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
     """Serves one rank. Starts before the weights are there and says so until `open` is called."""
 
     def __init__(self, pace: Pace | None = None) -> None:
-        self.work: SimpleQueue[tuple[StepStream, StepPlan | None] | None] = SimpleQueue()
+        self.work: SimpleQueue[tuple[StepStream, StepPlan] | None] = SimpleQueue()
         self._info: ShardInfo | None = None
         self._store: AdapterStore | None = None
         self._stream: StepStream | None = None
@@ -138,7 +138,8 @@ class ShardService(shard_pb2_grpc.ShardServicer):  # type: ignore[misc]
             if self._stream is not None:
                 self._stream.close(fenced=True)
             self._stream = StepStream()
-            self.work.put((self._stream, None))
+            if self._store is not None:  # nobody knows any more what a refresh had superseded
+                self._store.drop_superseded()
             return self._stream
 
     def _read_plans(self, plans: Iterator[Any], stream: StepStream) -> None:

@@ -11,6 +11,7 @@ from queue import Empty, SimpleQueue
 import torch
 
 from lorafleet.cache.device_tier import DeviceTier
+from lorafleet.cache.errors import AdapterNotFound
 from lorafleet.cache.store import AdapterStore
 from lorafleet.proto.messages import AdapterContent, StepPlan, StepResult
 from lorafleet.shard.batch import Batch, build_batch
@@ -75,11 +76,8 @@ class Worker:
         self._fast = fast
         self._launched: deque[Launched] = deque()
 
-    def run(self, work: SimpleQueue[tuple[StepStream, StepPlan | None] | None]) -> None:
-        """Runs plans until the queue yields None. Any exception is the end of this process.
-
-        Without a plan a stream begins: nobody knows any more what a refresh had superseded.
-        """
+    def run(self, work: SimpleQueue[tuple[StepStream, StepPlan] | None]) -> None:
+        """Runs plans until the queue yields None. Any exception is the end of this process."""
         while True:
             try:
                 item = work.get(timeout=_POLL_SECONDS) if self._launched else work.get()
@@ -88,11 +86,9 @@ class Worker:
                 continue
             if item is None:
                 return
-            stream, plan = item
-            if plan is None:
-                self._store.drop_superseded()
-            elif stream.is_open:  # a plan of a fenced-off stream is void
-                self._launched.append(self._launch_or_die(stream, plan))
+            launched = self._launch_or_die(*item)
+            if launched is not None:
+                self._launched.append(launched)
                 if len(self._launched) > 1 or self._decoder.device.type == "cpu":
                     self._finish()
 
@@ -100,10 +96,13 @@ class Worker:
         if self._launched[0].is_done():
             self._finish()
 
-    def _launch_or_die(self, stream: StepStream, plan: StepPlan) -> Launched:
+    def _launch_or_die(self, stream: StepStream, plan: StepPlan) -> Launched | None:
+        """None for a plan of a fenced-off stream, which is void."""
         try:
-            return self.launch(stream, plan)
-        except Exception:
+            return self.launch(stream, plan) if stream.is_open else None
+        except Exception as error:
+            if isinstance(error, AdapterNotFound) and not stream.is_open:
+                return None  # what only that stream knew went while its plan was looked at
             log.critical(
                 "step %d failed: %d starts, %d moves, %d prefill and %d decode rows, %d tokens",
                 plan.step, len(plan.starts), len(plan.moves), plan.num_prefills,
@@ -121,11 +120,11 @@ class Worker:
     def launch(self, stream: StepStream, plan: StepPlan) -> Launched:
         """Queues a step's work; on CPU this is the work itself."""
         launched = Launched(stream, plan, time.perf_counter())
-        for move in plan.moves:
+        contents = [AdapterContent(move.key, move.digest) for move in plan.moves]
+        packed = [self._store.host(content) for content in contents]
+        for adapter, move in zip(packed, plan.moves, strict=True):
             extents = list(zip(move.extent_offsets, move.extent_bytes, strict=True))
-            self._adapters.begin_scattered(
-                self._store.host(AdapterContent(move.key, move.digest)), move.slot, extents
-            )
+            self._adapters.begin_scattered(adapter, move.slot, extents)
         for start in plan.starts:
             self._rows.begin(start)
         self._rows.append_pages(plan)

@@ -224,15 +224,20 @@ class FakeShard:
 
     def _put(self, info: AdapterInfo, request: FetchAdapterRequest) -> AdapterInfo:
         """Host memory has a content until it is dropped, whatever the source has by now."""
-        held = self.adapters.get(info.key)
-        if held and held.tier is Tier.HOST and held.digest != info.digest:
-            if request.refresh:
-                self.superseded[held.content] = held
-                held = self.superseded.pop(info.content, None)
-            else:
+        key, held = info.key, self.adapters.get(info.key)
+        is_held = held is not None and held.tier is Tier.HOST
+        if not request.refresh:
+            asked = self.superseded.get(AdapterContent(key, request.digest))
+            if asked is not None:
+                return asked
+            if held and is_held and request.digest in ("", held.digest):
                 info = held
-        tier = max(request.tier, held.tier) if held else request.tier
-        self.adapters[info.key] = info = replace(info, tier=tier)
+        if held and held.digest != info.digest:
+            if is_held:
+                self.superseded[held.content] = held
+            held = self.superseded.pop(info.content, None)
+        tier = request.tier if request.digest in ("", info.digest) else Tier.DISK
+        self.adapters[key] = info = replace(info, tier=max(tier, held.tier if held else tier))
         return info
 
     def drop(self, request: DropAdapterRequest, context: Any) -> None:

@@ -87,7 +87,7 @@ class HubSource(Downloads):
     def authorize(self, key: AdapterKey, api_token: str) -> None:
         """Asks the hub whether this caller can read the adapter, if not everyone can."""
         _check_token(api_token)
-        download = self._disk.get(key)
+        download = self._disk.get(key) or self._disk.settled(key)
         if download is None:
             raise AdapterNotFound(f"{shown(str(key))} is not here any more; fetch it again.")
         self._check_access(download, api_token)
