@@ -98,7 +98,8 @@ class AdapterDirectory:
         """Reads an adapter's source again, of a merged one its members' sources.
 
         Requests from now on get what is there, those that have begun end with what they began
-        with. After an error requests get what they got before. Raises what `acquire` does.
+        with. After an error requests get what host memory has, as before. Raises what `acquire`
+        does.
         """
         await _all(self.reload(member, api_token) for member in members_of(key))
         made_of = await self._members_validated(key, api_token)

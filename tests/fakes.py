@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import grpc
 
@@ -35,7 +35,6 @@ from lorafleet.proto.messages import (
     AdapterContent,
     AdapterInfo,
     AdapterKey,
-    AdapterMove,
     AdapterTokenizer,
     DropAdapterRequest,
     FetchAdapterRequest,
@@ -167,7 +166,12 @@ class FakeShard:
 
         await asyncio.to_thread(wait)
 
-    def __enter__(self) -> FakeShard:
+    def held(self) -> set[AdapterContent]:
+        """What host memory has."""
+        present = (info for info in self.adapters.values() if info.tier is Tier.HOST)
+        return {info.content for info in (*present, *self.superseded.values())}
+
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -196,8 +200,8 @@ class FakeShard:
             with self._changed:
                 self.plans.append(plan)
                 self._changed.notify_all()
-                missing = [move for move in plan.moves if not self._holds(move)]
-            assert not missing, "a move of what is not in host memory"
+                moved = {AdapterContent(move.key, move.digest) for move in plan.moves}
+                assert moved <= self.held(), "a move of what is not in host memory"
             self.steps.wait()
             if self.config.step_seconds:
                 time.sleep(self.config.step_seconds)
@@ -253,11 +257,6 @@ class FakeShard:
             for content in list(self.superseded):
                 if content.key == request.key and request.digest in ("", content.digest):
                     del self.superseded[content]
-
-    def _holds(self, move: AdapterMove) -> bool:
-        held = self.adapters.get(move.key)
-        is_present = held is not None and (held.digest, held.tier) == (move.digest, Tier.HOST)
-        return is_present or AdapterContent(move.key, move.digest) in self.superseded
 
     def _find(self, request: FetchAdapterRequest, context: Any) -> AdapterInfo:
         if members := members_of(request.key):

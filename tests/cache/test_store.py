@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from tests.cache.adapter_cases import (
     Settings,
     config_of,
     pickle_weights,
+    split_weights,
     tensors_of,
     tiny_layout,
     write_adapter,
@@ -234,6 +235,61 @@ def test_a_refresh_that_fails_changes_nothing(
         assert fetch(store, key) == info
         drop(store, key, Tier.HOST)
     assert fetch(store, HUB) == before[HUB]  # its download is still there
+
+
+def test_a_fetch_of_a_digest_is_answered_by_what_is_held_of_it(
+    store: AdapterStore, hub: Hub, tmp_path: Path
+) -> None:
+    old = fetch(store, ONE)
+    change(hub, tmp_path, seed=1)
+    new = refresh(store, ONE, Tier.DISK)
+
+    def ask(digest: str) -> AdapterInfo:
+        request = FetchAdapterRequest(ONE, Tier.HOST, digest=digest)
+        return store.fetch(request, lambda progress: None)
+
+    assert ask(old.digest) == old
+    assert ask("another digest") == new  # which is not packed
+    assert ask(new.digest) == replace(new, tier=Tier.HOST)
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_another_ranks_refresh_does_not_break_a_load(
+    config: Settings, hub: Hub, tmp_path: Path, is_split: bool
+) -> None:
+    if is_split:
+        split_weights(hub.repos["owner/adapter"].directory)
+    ranks = [open_store(config, hub) for _ in range(2)]
+    fetch(ranks[0], HUB, Tier.DISK)
+    reading, go, found = Event(), Event(), list[AdapterInfo]()
+
+    def wait(progress: FetchProgress) -> None:
+        if not reading.is_set():
+            reading.set()
+            assert go.wait(60)
+
+    def load() -> None:
+        found.append(ranks[1].fetch(FetchAdapterRequest(HUB, Tier.HOST), wait))
+
+    loading = Thread(target=load)
+    loading.start()
+    assert reading.wait(60)
+    for path in hub.repos["owner/adapter"].directory.iterdir():
+        path.unlink()
+    change(hub, tmp_path, seed=1)
+    new = refresh(ranks[0], HUB, Tier.DISK)
+    go.set()
+    loading.join()
+    assert found == [replace(new, tier=Tier.HOST)]
+
+
+def test_a_private_adapters_host_copy_is_counted(config: Settings, hub: Hub) -> None:
+    hub.repos["owner/adapter"].token = "hf_right"
+    store = open_store(config, hub)
+    info = fetch(store, HUB, token="hf_right")
+    (listed,) = (listed for listed in store.list() if listed.key == HUB)
+    assert (listed.content, listed.tier, listed.is_public) == (info.content, Tier.HOST, False)
+    assert (listed.packed_bytes, listed.disk_bytes) == (info.packed_bytes, info.disk_bytes)
 
 
 def test_what_nobody_knows_any_more_is_dropped_at_once(

@@ -24,7 +24,6 @@ from lorafleet.router.errors import (
 from lorafleet.router.failure_memory import FailureMemory
 from lorafleet.router.shards import ShardGroup
 from tests.fakes import SECRET, FakeConfig, FakeShard
-from tests.router.http_service import until
 
 BYTES = (
     4096  # adapter-0, -3, -6, ... take this; adapter-1, -4, ... twice; adapter-2, -5, ... thrice
@@ -167,7 +166,7 @@ async def test_requests_that_share_a_failing_fetch_count_once() -> None:
         ):
             shard.fetching.close()
             asked = [asyncio.create_task(directory.acquire(hub("down"), "")) for _ in range(8)]
-            await _fetched(shard, "down")
+            await fetched(shard, "down")
             shard.fetching.open()
             answers = await asyncio.gather(*asked, return_exceptions=True)
             assert {type(answer) for answer in answers} == {SourceUnavailable}
@@ -229,9 +228,9 @@ async def test_while_everything_is_pinned_requests_wait_in_order() -> None:
         async with directory_of(shard) as (directory, _):
             held = [await directory.acquire(local(f"adapter-{n}"), "") for n in (0, 3, 6)]
             big = asyncio.create_task(directory.acquire(local("adapter-2"), ""))
-            await _fetched(shard, "adapter-2")
+            await fetched(shard, "adapter-2")
             small = asyncio.create_task(directory.acquire(local("adapter-9"), ""))
-            await _fetched(shard, "adapter-9")
+            await fetched(shard, "adapter-9")
             for pin in held:
                 assert not big.done()
                 assert not small.done()
@@ -312,108 +311,12 @@ async def test_a_public_adapter_is_checked_once() -> None:
             assert len(shard.fetches) == 2
 
 
-async def test_a_reload_is_for_requests_from_then_on() -> None:
-    key = hub("adapter-1")
-    with FakeShard() as shard:
-        async with directory_of(shard) as (directory, dropped):
-            old = await directory.acquire(key, "")
-            directory.tiers.keep(old.adapter.content)
-            assert await directory.reload(key, "") is old.adapter
-            shard.contents["adapter-1"] = "new digest"
-            same = await directory.acquire(key, "any token")
-            assert same.adapter is old.adapter  # until it is reloaded
-            reloaded = await directory.reload(key, "")
-            new = await directory.acquire(key, "any token")
-            assert new.adapter is reloaded is not old.adapter
-            assert new.adapter.info.digest == "new digest"
-            held = {old.adapter.content, new.adapter.content}
-            assert set(directory.tiers.host) == held
-            assert directory.in_use() == [new.adapter, old.adapter]
-            assert directory.tiers.host.room == directory.tiers.host.budget - new.adapter.nbytes
-            for pin in (same, new):
-                pin.close()
-            assert dropped == []
-            old.close()
-            await until(lambda: len(directory.tiers.host) == 1)
-            assert dropped == [old.adapter]
-            assert shard.drops == [DropAdapterRequest(key, Tier.HOST, old.adapter.info.digest)]
-            directory.check(is_idle=True)
-
-
-async def test_content_that_comes_back_is_the_adapter_it_was() -> None:
-    key = hub("adapter-1")
-    with FakeShard() as shard:
-        async with directory_of(shard) as (directory, dropped):
-            first = await directory.acquire(key, "")
-            shard.contents["adapter-1"] = "new digest"
-            second = await directory.reload(key, "")
-            del shard.contents["adapter-1"]
-            assert await directory.reload(key, "") is first.adapter
-            await until(lambda: dropped == [second])
-            first.close()
-            (await directory.acquire(key, "")).close()
-            assert list(directory.tiers.host) == [first.adapter.content]
-            assert dropped == [second]
-            assert [fetch.tier for fetch in shard.fetches].count(Tier.HOST) == 1
-
-
-async def test_a_reload_during_a_load_gives_the_waiting_request_what_is_new() -> None:
-    key = hub("adapter-1")
-    with FakeShard() as shard:
-        async with directory_of(shard) as (directory, _):
-            await directory.validate(key, "")
-            shard.fetching.close()
-            coming = asyncio.create_task(directory.acquire(key, ""))
-            await _fetched(shard, "adapter-1", times=2)
-            shard.contents["adapter-1"] = "new digest"
-            reloading = asyncio.create_task(directory.reload(key, ""))
-            await _fetched(shard, "adapter-1", times=3)
-            shard.fetching.open()
-            pin = await coming
-            assert (await reloading).content == pin.adapter.content
-            assert pin.adapter.info.digest == "new digest"
-            assert list(directory.tiers.host) == [pin.adapter.content]
-            pin.close()
-
-
-async def test_a_reload_that_fails_leaves_what_there_was() -> None:
-    key = hub("private-1")
-    with FakeShard() as shard:
-        async with directory_of(shard) as (directory, dropped):
-            (await directory.acquire(key, SECRET)).close()
-            for _ in range(2):  # not remembered: an operator asks
-                with pytest.raises(AdapterForbidden) as caught:
-                    await directory.reload(key, "wrong")
-                assert "Remembered" not in str(caught.value)
-            pin = await directory.acquire(key, SECRET)
-            assert pin.adapter.in_host
-            assert dropped == []
-            pin.close()
-
-
-async def test_a_drop_waits_for_requests_on_older_content_too() -> None:
-    key = hub("adapter-1")
-    with FakeShard() as shard:
-        async with directory_of(shard) as (directory, _):
-            old = await directory.acquire(key, "")
-            shard.contents["adapter-1"] = "new digest"
-            await directory.reload(key, "")
-            dropping = asyncio.create_task(directory.drop(key))
-            await asyncio.sleep(0.05)
-            assert not dropping.done()
-            old.close()
-            await dropping
-            assert not shard.adapters
-            assert not shard.superseded
-            assert len(directory.tiers.host) == len(directory.tiers.disk) == 0
-
-
 async def test_a_cancelled_request_leaves_no_pin() -> None:
     with FakeShard() as shard:
         async with directory_of(shard) as (directory, _):
             shard.fetching.close()
             task = asyncio.create_task(directory.acquire(local("adapter-1"), ""))
-            await _fetched(shard, "adapter-1")
+            await fetched(shard, "adapter-1")
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -422,6 +325,6 @@ async def test_a_cancelled_request_leaves_no_pin() -> None:
             directory.check(is_idle=True)
 
 
-async def _fetched(shard: FakeShard, name: str, times: int = 1) -> None:
+async def fetched(shard: FakeShard, name: str, times: int = 1) -> None:
     """Returns once the shard has been asked for an adapter so many times."""
     await shard.saw(lambda: sum(fetch.key.id == name for fetch in shard.fetches) >= times)
