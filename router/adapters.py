@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
 
 from lorafleet.cache.recipe import members_of
 from lorafleet.proto.messages import AdapterContent, AdapterInfo, AdapterKey
@@ -18,10 +17,8 @@ from lorafleet.router.errors import AdapterChanged, AdapterUnservable
 from lorafleet.router.failure_memory import FailureMemory
 from lorafleet.router.shards import ShardGroup
 from lorafleet.router.superseded import Superseded
+from lorafleet.router.tasks import all_of, shared
 from lorafleet.router.tiers import HostAndDisk
-
-K = TypeVar("K", bound=Hashable)
-T = TypeVar("T")
 
 _MAX_CHANGES = 3  # of an adapter's content, between one look at it and its load
 
@@ -101,13 +98,13 @@ class AdapterDirectory:
         with. After an error requests get what host memory has, as before. Raises what `acquire`
         does.
         """
-        await _all(self.reload(member, api_token) for member in members_of(key))
+        await all_of(self.reload(member, api_token) for member in members_of(key))
         made_of = await self._members_validated(key, api_token)
         with self._claimed(key):
             while key in self._reloads:  # it may have looked before the change of this one's caller
                 await asyncio.wait([self._reloads[key]])
             check = self._check(key, api_token, made_of, refresh=True)
-            return await _shared(self._reloads, key, check)
+            return await shared(self._reloads, key, check)
 
     async def retired(self, adapter: Adapter) -> None:
         """Returns once nothing is left of an adapter that a reload has replaced."""
@@ -118,8 +115,8 @@ class AdapterDirectory:
 
         Requests for it that come meanwhile wait and fetch it anew. Raises ShardLost.
         """
-        self.tiers.unkeep(key)  # here as well, for a removal under way may be one that keeps pins
-        await _shared(self._removals, key, self._remove(key))
+        self.tiers.unkeep(key)
+        await shared(self._removals, key, self._remove(key))
 
     def in_use(self) -> list[Adapter]:
         """Adapters that requests or copies under way use, older contents too."""
@@ -169,7 +166,7 @@ class AdapterDirectory:
 
         Nothing is claimed meanwhile, since members may have to wait for disk room.
         """
-        found = await _all(self.validate(member, api_token) for member in members_of(key))
+        found = await all_of(self.validate(member, api_token) for member in members_of(key))
         while key in self._removals:
             await asyncio.shield(self._removals[key])
         return tuple(member.info.digest for member in found)
@@ -180,7 +177,6 @@ class AdapterDirectory:
         checks = [task for (checked, _), task in self._checks.items() if checked == key]
         reloads = [task for checked, task in self._reloads.items() if checked == key]
         await asyncio.gather(*checks, *reloads, return_exceptions=True)
-        self.tiers.unkeep(key)
         self._forget(key)
         self._failures.forget(key)
         self._access.forget(key)
@@ -211,7 +207,7 @@ class AdapterDirectory:
         if adapter is None or is_outdated or self._must_ask(key, api_token):
             self._failures.check(key, api_token)
             check = self._check(key, api_token, made_of, refresh=is_outdated)
-            adapter = await _shared(self._checks, self._callers.of(key, api_token), check)
+            adapter = await shared(self._checks, self._callers.of(key, api_token), check)
         return adapter
 
     def _must_ask(self, key: AdapterKey, api_token: str) -> bool:
@@ -274,7 +270,7 @@ class AdapterDirectory:
 
     async def _loaded(self, adapter: Adapter, api_token: str) -> None:
         if not adapter.in_host:
-            await _shared(self._loads, adapter, self._load(adapter, api_token))
+            await shared(self._loads, adapter, self._load(adapter, api_token))
 
     async def _load(self, adapter: Adapter, api_token: str) -> None:
         pin = adapter.pin()  # its own, because the requests that wait for it may go away
@@ -318,29 +314,3 @@ class AdapterDirectory:
         adapter = self._adapters.get(key)
         is_pinned = adapter is not None and adapter.is_pinned
         return is_pinned or self._claims[key] > 0 or self._superseded.is_pinned(key)
-
-
-async def _all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Awaits every call to its end, then raises the first error or returns the results."""
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return [result for result in results if not isinstance(result, BaseException)]
-
-
-async def _shared(tasks: dict[K, asyncio.Task[T]], key: K, work: Coroutine[Any, Any, T]) -> T:
-    """Awaits the task for `key`, started with `work` if there is none; survives its waiters."""
-    task = tasks.get(key)
-    if task is not None:
-        work.close()
-    else:
-        task = tasks[key] = asyncio.create_task(work)
-
-        def forget(done: asyncio.Task[T]) -> None:
-            del tasks[key]
-            if not done.cancelled():
-                done.exception()  # seen, even if every waiter has gone
-
-        task.add_done_callback(forget)
-    return await asyncio.shield(task)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from grpc import aio
 
@@ -24,8 +24,7 @@ from lorafleet.proto.messages import (
 )
 from lorafleet.router.errors import AdapterChanged, ShardLost
 from lorafleet.router.rank import Rank
-
-T = TypeVar("T")
+from lorafleet.router.tasks import all_of
 
 _RANK_FIELDS = {"rank", "tokenizer_json", "tokenizer_config_json"}  # may differ between ranks
 
@@ -53,10 +52,10 @@ class ShardGroup:
         deadline = time.monotonic() + timeout_seconds
         ranks = [Rank(rank, address) for rank, address in enumerate(addresses)]
         try:
-            infos = await _all(rank.describe(deadline) for rank in ranks)
+            infos = await all_of(rank.describe(deadline) for rank in ranks)
             _check_group(ranks, infos)
         except BaseException:
-            await _all(rank.close() for rank in ranks)
+            await all_of(rank.close() for rank in ranks)
             raise
         return cls(ranks, infos[0])
 
@@ -100,7 +99,7 @@ class ShardGroup:
         ShardLost.
         """
         request = FetchAdapterRequest(key, tier, api_token, refresh, digest)
-        infos = await _all(rank.fetch(request) for rank in self._ranks)
+        infos = await all_of(rank.fetch(request) for rank in self._ranks)
         if len({info.digest for info in infos}) > 1:
             raise AdapterChanged(f"adapter {key} has different content on different shards")
         return _merged(infos)
@@ -111,7 +110,7 @@ class ShardGroup:
         With a digest no other content in host memory.
         """
         request = DropAdapterRequest(key, tier, digest)
-        await _all(rank.drop(request) for rank in self._ranks)
+        await all_of(rank.drop(request) for rank in self._ranks)
 
     async def tokenizer(self, key: AdapterKey) -> AdapterTokenizer:
         """What a fetched adapter ships of a tokenizer. Raises AdapterError or ShardLost."""
@@ -123,7 +122,7 @@ class ShardGroup:
         The digest is empty where they have different contents.
         """
         by_key: dict[AdapterKey, list[AdapterInfo]] = {}
-        for infos in await _all(rank.list_adapters() for rank in self._ranks):
+        for infos in await all_of(rank.list_adapters() for rank in self._ranks):
             for info in infos:
                 by_key.setdefault(info.key, []).append(info)
         return [_merged(infos) for infos in by_key.values()]
@@ -133,7 +132,7 @@ class ShardGroup:
         for task in self._watchers:
             task.cancel()
         await asyncio.gather(*self._watchers, return_exceptions=True)
-        await _all(rank.close() for rank in self._ranks)
+        await all_of(rank.close() for rank in self._ranks)
 
     async def _watch(self, rank: Rank, stream: Any) -> None:
         code, details = await stream.code(), await stream.details()
@@ -174,12 +173,3 @@ def _check_group(ranks: list[Rank], infos: list[ShardInfo]) -> None:
             mine, first = getattr(info, field.name), getattr(infos[0], field.name)
             if field.name not in _RANK_FIELDS and mine != first:
                 raise ValueError(f"{rank} has {field.name} {mine}, but rank 0 has {first}")
-
-
-async def _all(calls: Any) -> list[Any]:
-    """Awaits every call to its end, then raises the first error or returns the results."""
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
