@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from lorafleet.cache.recipe import members_of
 from lorafleet.proto.messages import AdapterContent, AdapterInfo, AdapterKey
@@ -49,6 +49,7 @@ class AdapterDirectory:
         self._on_dropped = on_dropped  # called before an adapter's host copy goes
         self._adapters: dict[AdapterKey, Adapter] = {}
         self._private: set[AdapterKey] = set()  # known only through some caller's token
+        self._num_changes = Counter[AdapterKey]()  # seen of adapters that are no merges
         self._claims = Counter[AdapterKey]()  # requests in `acquire`, whose disk copy must stay
         # A token is part of a check's identity, so that nobody profits from another's access.
         self._checks: dict[Caller, asyncio.Task[Adapter]] = {}
@@ -201,14 +202,17 @@ class AdapterDirectory:
     async def _validated(
         self, key: AdapterKey, api_token: str, made_of: tuple[str, ...]
     ) -> Adapter:
-        adapter = self._adapters.get(key)
-        # What shards hold of a merge that is not known here was made of nobody knows what.
-        is_outdated = made_of != (adapter.made_of if adapter is not None else ())
-        if adapter is None or is_outdated or self._must_ask(key, api_token):
+        for _ in range(_MAX_CHANGES):
+            adapter = self._adapters.get(key)
+            # What shards hold of a merge that is not known here was made of nobody knows what.
+            is_outdated = made_of != (adapter.made_of if adapter is not None else ())
+            if adapter is not None and not is_outdated and not self._must_ask(key, api_token):
+                return adapter
             self._failures.check(key, api_token)
             check = self._check(key, api_token, made_of, refresh=is_outdated)
-            adapter = await shared(self._checks, self._callers.of(key, api_token), check)
-        return adapter
+            with suppress(AdapterChanged):
+                return await shared(self._checks, self._callers.of(key, api_token), check)
+        raise AdapterUnservable(f"adapter {key} keeps changing, or is another on each shard")
 
     def _must_ask(self, key: AdapterKey, api_token: str) -> bool:
         """Whether it takes the source's word that this caller may use a known adapter.
@@ -222,24 +226,27 @@ class AdapterDirectory:
     async def _check(
         self, key: AdapterKey, api_token: str, made_of: tuple[str, ...], refresh: bool
     ) -> Adapter:
-        known = self._adapters.get(key)
+        known, num_changes = self._adapters.get(key), self._num_changes[key]
         digest = known.info.digest if known is not None and not refresh else ""
         try:
             with self._failures.watch(key, api_token), self._access.watch(key, api_token):
                 info = await self.tiers.fetch_to_disk(key, api_token, refresh, digest)
                 self._refuse_too_large(info)
-                if refresh:  # whoever had access may have lost it with the change
+                if not refresh and self._num_changes[key] != num_changes:
+                    raise AdapterChanged(f"adapter {key} was reloaded meanwhile")  # ask again
+                is_new = refresh or (known is not None and info.content != known.content)
+                if is_new:  # whoever had access may have lost it with the change
                     self._access.forget(key)
                     self._failures.forget(key)
+                    if not made_of:
+                        self._num_changes[key] += 1
         finally:
             await self._delete_uncounted(members_of(key))
         if not api_token:
             self._private.discard(key)
-        elif (refresh or key not in self._adapters) and not made_of:
+        elif (is_new or key not in self._adapters) and not made_of:
             self._private.add(key)
         adapter = self._adapters.get(key)
-        if adapter is not None and adapter is not known and not refresh:
-            return adapter  # a reload was quicker: this answer is about older content
         if adapter is None or adapter.content != info.content:
             adapter = self._put(info)
         adapter.made_of = made_of

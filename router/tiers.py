@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TypeVar
@@ -50,6 +51,7 @@ class HostAndDisk:
         self._host_room = asyncio.Lock()  # whoever holds it makes room; the others queue behind
         self._disk_room = asyncio.Lock()
         self._unpinned = asyncio.Event()
+        self._loading = Counter[AdapterKey]()  # to host, room included: nothing of it is dropped
         # Under way: from disk, and of single contents.
         self._drops: dict[AdapterKey | AdapterContent, asyncio.Future[None]] = {}
 
@@ -104,6 +106,26 @@ class HostAndDisk:
         Raises AdapterChanged, with nothing packed, if its source has other content by now.
         """
         key = content.key
+        self._loading[key] += 1
+        try:
+            return await self._load_to_host(content, nbytes, api_token)
+        except AdapterChanged:
+            raise
+        except AdapterUnservable:
+            self._loading[key] -= 1
+            await self._drop_refused(key)
+            self._loading[key] += 1
+            raise
+        finally:
+            self._loading[key] -= 1
+            if not self._loading[key]:
+                del self._loading[key]
+
+    async def _load_to_host(
+        self, content: AdapterContent, nbytes: int, api_token: str
+    ) -> AdapterInfo:
+        key = content.key
+        await self._dropped(key)
         await self._dropped(content)
         self.host.remove(content)
         async with self._host_room:
@@ -116,13 +138,6 @@ class HostAndDisk:
                 raise AdapterChanged(f"adapter {key} changed while it was loaded")
             self._activity.loaded(key, Tier.HOST, time.monotonic() - started_at)
             return info
-        except AdapterChanged:
-            await self.drop_content(content)
-            raise
-        except AdapterUnservable:
-            await self.drop_content(content)
-            await self._drop_refused(key)
-            raise
         except BaseException:
             await self.drop_content(content)  # some ranks may have it
             raise
@@ -232,12 +247,12 @@ class HostAndDisk:
 
     async def _drop_refused(self, key: AdapterKey) -> None:
         """What was downloaded and cannot be served takes no room, unless it once could be."""
-        if all(content.key != key for content in self.host):
+        if not self._loading[key] and all(content.key != key for content in self.host):
             self._forget(key, None)
-            await self.drop(key)
+            await self._delete(key)
             return
         for info in await self._shards.list_adapters():
-            if info.key == key:
+            if info.key == key and info.disk_bytes:
                 self.disk.put(key, info.disk_bytes)
 
     async def _make_host_room(self, nbytes: int) -> None:
@@ -283,6 +298,9 @@ class HostAndDisk:
         await self._delete(victim)
 
     async def _delete(self, key: AdapterKey) -> None:
+        if key in self._drops:
+            await self._dropped(key)
+            return
         done = self._drops[key] = asyncio.get_running_loop().create_future()
         try:
             await self.drop(key)

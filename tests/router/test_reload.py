@@ -16,7 +16,7 @@ from lorafleet.proto.messages import (
     FetchAdapterRequest,
     Tier,
 )
-from lorafleet.router.errors import AdapterForbidden, SourceUnavailable
+from lorafleet.router.errors import AdapterForbidden, AdapterUnservable, SourceUnavailable
 from tests.fakes import SECRET, FakeConfig, FakeShard
 from tests.router.http_service import serving, until
 from tests.router.test_adapters import BYTES, directory_of, fetched, hub, local
@@ -28,10 +28,13 @@ class Turning(FakeShard):
 
     is_private = False
     is_down = False
+    is_bad = False
 
     def _find(self, request: FetchAdapterRequest, context: Any) -> AdapterInfo:
         if self.is_down and request.refresh:
             context.abort(grpc.StatusCode.UNAVAILABLE, "the hub does not answer")
+        if self.is_bad and request.refresh:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "lora_A is not finite")
         if self.is_private and request.api_token != SECRET:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "no access")
         return super()._find(request, context)
@@ -186,21 +189,51 @@ async def test_who_could_read_the_old_content_must_ask_for_the_new() -> None:
                     await directory.acquire(key, token)
 
 
-async def test_an_answer_from_before_a_reload_brings_nothing_back() -> None:
+@pytest.mark.parametrize("token", ["", "another token"])
+async def test_an_answer_from_before_a_reload_opens_and_brings_back_nothing(token: str) -> None:
     key = hub("adapter-1")
-    with FakeShard() as shard:
+    with Turning() as shard:
         async with directory_of(shard) as (directory, _):
-            old = await directory.acquire(key, "")
-            shard.fetching.close()
-            checking = asyncio.create_task(directory.acquire(key, "another token"))
-            await fetched(shard, "adapter-1", times=3)
-            present = directory._put(replace(old.adapter.info, digest="v2"))  # quicker than it
+            old = await directory.acquire(key, SECRET)
+            fetch, gate, answers = directory._shards.fetch, asyncio.Event(), list[AdapterInfo]()
+
+            async def late(*args: Any, **options: Any) -> AdapterInfo:
+                info = await fetch(*args, **options)
+                if args[2] == token and not answers:
+                    answers.append(info)
+                    await gate.wait()
+                return info
+
+            directory._shards.fetch = late  # type: ignore[method-assign,assignment]
+            checking = asyncio.create_task(directory.acquire(key, token))
+            await until(lambda: answers)
+            shard.is_private = True
             shard.contents["adapter-1"] = "v2"
-            shard.fetching.open()
-            pin = await checking
+            present = await directory.reload(key, SECRET)
+            gate.set()
+            with pytest.raises(AdapterForbidden):
+                await checking
+            pin = await directory.acquire(key, SECRET)
             assert pin.adapter is present
-            for open_pin in (pin, old):
-                open_pin.close()
+            for held in (pin, old):
+                held.close()
+
+
+async def test_a_reload_that_is_refused_leaves_what_waits_for_room() -> None:
+    key = hub("adapter-1")
+    with Turning(FakeConfig(host_bytes=3 * BYTES)) as shard:
+        async with directory_of(shard) as (directory, _):
+            other = await directory.acquire(hub("adapter-2"), "")  # takes all the room
+            coming = asyncio.create_task(directory.acquire(key, ""))
+            await until(lambda: directory.tiers._loading[key])
+            shard.is_bad = True
+            with pytest.raises(AdapterUnservable):
+                await directory.reload(key, "")
+            other.close()
+            pin = await coming
+            assert directory.find(key) is pin.adapter
+            assert pin.adapter.content in shard.held()
+            pin.close()
 
 
 async def test_a_second_reload_looks_again() -> None:
