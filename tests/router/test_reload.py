@@ -204,7 +204,7 @@ async def test_an_answer_from_before_a_reload_opens_and_brings_back_nothing(toke
                     await gate.wait()
                 return info
 
-            directory._shards.fetch = late  # type: ignore[method-assign,assignment]
+            directory._shards.fetch = late  # type: ignore[method-assign]
             checking = asyncio.create_task(directory.acquire(key, token))
             await until(lambda: answers)
             shard.is_private = True
