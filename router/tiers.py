@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -105,17 +106,20 @@ class HostAndDisk:
 
         Raises AdapterChanged, with nothing packed, if its source has other content by now.
         """
-        key = content.key
-        self._loading[key] += 1
         try:
-            return await self._load_to_host(content, nbytes, api_token)
+            with self._counted(content.key):
+                return await self._load_to_host(content, nbytes, api_token)
         except AdapterChanged:
             raise
         except AdapterUnservable:
-            self._loading[key] -= 1
-            await self._drop_refused(key)
-            self._loading[key] += 1
+            await self._drop_refused(content.key)
             raise
+
+    @contextmanager
+    def _counted(self, key: AdapterKey) -> Iterator[None]:
+        self._loading[key] += 1
+        try:
+            yield
         finally:
             self._loading[key] -= 1
             if not self._loading[key]:
