@@ -3,7 +3,7 @@
 <source>/<name>           a complete download
 .partial/<source>/<name>  one under way, or what a failure or a killed process left of it
 .locks/<source>/<name>    held by whoever downloads or drops it
-.room                     held while room is counted and promised
+.room                     held while room is counted, promised, filled by a rename or given back
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class DiskTier:
     def __init__(self, directory: Path, budget_bytes: int) -> None:
         self._directory, self._budget = directory, budget_bytes
         directory.mkdir(parents=True, exist_ok=True)
-        self._discard_idle(_KEEP_PARTIAL_SECONDS)
+        with self._room():
+            self._discard_idle(_KEEP_PARTIAL_SECONDS)
 
     def path(self, key: AdapterKey) -> Path:
         """The adapter's directory, there or not."""
@@ -121,18 +122,19 @@ class DiskTier:
         aside, path = self._aside(download.key), self.path(download.key)
         left = _read_record(aside / _PARTIAL_FILE)
         if left is None or not left.commit or left.commit != download.commit:
-            shutil.rmtree(aside, ignore_errors=True)
+            self._delete(aside)
         try:
             self.reserve(download)
             done = replace(download, nbytes=fill(aside))
-            (aside / _PARTIAL_FILE).unlink()
             _write_record(aside / _RECORD_FILE, done)
             path.parent.mkdir(exist_ok=True)
-            self._replace(download.key, aside)
+            with self._room():
+                (aside / _PARTIAL_FILE).unlink()
+                self._replace(download.key, aside)
         except (SourceUnavailable, SourceTimeout, TierFull):
             raise
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            self._delete(aside)
             raise
         return done
 
@@ -146,7 +148,7 @@ class DiskTier:
                 f"The adapter's download has {download.nbytes} bytes; "
                 f"all downloads together may have {self._budget}."
             )
-        with FileLock(self._directory / _ROOM):
+        with self._room():
             if self._used_besides(download.key) + download.nbytes > self._budget:
                 self._discard_idle()
             if self._used_besides(download.key) + download.nbytes > self._budget:
@@ -163,12 +165,26 @@ class DiskTier:
 
     def drop(self, key: AdapterKey) -> None:
         """Deletes a download; what is not there is dropped already."""
-        with self.lock(key):
+        with self.lock(key), self._room():
             shutil.rmtree(self._aside(key), ignore_errors=True)
             self._replace(key, None)
 
+    def _room(self) -> FileLock:
+        """To hold while bytes are counted, and while any are in no record that counting reads.
+
+        Taken after an adapter's own lock; whoever holds it waits for none.
+        """
+        return FileLock(self._directory / _ROOM)
+
+    def _delete(self, aside: Path) -> None:
+        with self._room():
+            shutil.rmtree(aside, ignore_errors=True)
+
     def _replace(self, key: AdapterKey, made: Path | None) -> None:
-        """Has `made`, or nothing, take the place of a download, of which no half is ever left."""
+        """Has `made`, or nothing, take the place of a download, of which no half is ever left.
+
+        The caller holds `_room`: on the way there are bytes that no record counts.
+        """
         path, aside = self.path(key), self._aside(key)
         old = aside.with_name(f"{aside.name}#old")  # the name of no adapter
         shutil.rmtree(old, ignore_errors=True)
@@ -192,7 +208,10 @@ class DiskTier:
         return (self._directory / _PARTIAL).glob("*/*")
 
     def _discard_idle(self, min_age_seconds: float = 0.0) -> None:
-        """Deletes what nobody is writing: all that cannot be gone on with, and what is old."""
+        """Deletes what nobody is writing: all that cannot be gone on with, and what is old.
+
+        The caller holds `_room`.
+        """
         for aside in sorted(self._asides()):
             lock = self._directory / _LOCKS / aside.parent.name / aside.name
             lock.parent.mkdir(parents=True, exist_ok=True)

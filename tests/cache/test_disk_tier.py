@@ -11,12 +11,14 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
 
 from lorafleet.cache.disk_tier import DiskTier, Download, Fill
-from lorafleet.cache.errors import SourceUnavailable
+from lorafleet.cache.errors import SourceUnavailable, TierFull
 from lorafleet.proto.messages import AdapterKey
 
 KEY, OTHER = AdapterKey("hub", "owner/adapter"), AdapterKey("hub", "owner/other")
+ASKED = AdapterKey("hub", "owner/asked")
 
 
 def plan(
@@ -131,6 +133,62 @@ def replaced(root: Path, calls: int) -> bool:
         DiskTier(root, 100).get_or_put(KEY, plan("2"), refresh=True)
         os._exit(0)
     return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("act", ["download", "replace", "drop"])
+def test_whoever_may_count_counts_every_byte(
+    tier: DiskTier, monkeypatch: pytest.MonkeyPatch, act: str
+) -> None:
+    """Before and after each step that changes the disk, nobody is promised room that is taken."""
+    tier.get_or_put(OTHER, plan("1", 10, OTHER))
+    if act != "download":
+        tier.get_or_put(KEY, plan("1"))
+    beside = Beside(tier.path(KEY).parent.parent)
+    for owner, name in ((Path, "rename"), (Path, "unlink"), (os, "fsync"), (shutil, "rmtree")):
+        monkeypatch.setattr(owner, name, beside.asking(getattr(owner, name)))
+    if act == "drop":
+        tier.drop(KEY)
+    else:
+        tier.get_or_put(KEY, plan("2"), refresh=True)
+    assert beside.num_refused
+
+
+class Beside:
+    """A process that wants one byte more of a tier of 100 bytes than are free."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._is_asking, self.num_refused = root, False, 0
+
+    def asking(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The call, between two tries to get room."""
+
+        def between(*args: Any, **options: Any) -> Any:
+            self._ask()
+            result = call(*args, **options)
+            self._ask()
+            return result
+
+        return between
+
+    def _ask(self) -> None:
+        if self._is_asking:  # the tier that asks takes the same steps
+            return
+        self._is_asking = True
+        if not self._is_locked():
+            taken = sum(path.stat().st_size for path in self._root.rglob("weights"))
+            wanted = Download(ASKED, "1", 101 - taken, is_restricted=False)
+            tier = DiskTier(self._root, 100)
+            with pytest.raises(TierFull):
+                tier.reserve(wanted)
+            self.num_refused += 1
+        self._is_asking = False
+
+    def _is_locked(self) -> bool:
+        try:
+            with FileLock(self._root / ".room", timeout=0):
+                return False
+        except Timeout:
+            return True
 
 
 def test_a_record_that_is_written_again_is_always_there(tier: DiskTier, tmp_path: Path) -> None:

@@ -122,21 +122,21 @@ def _on_disk(cache: Path) -> int:
     """Bytes of files of adapters, complete or on their way, that were there at one moment.
 
     Looking takes a while, in which files come and go: those that two looks found were there in
-    between. A file that was moved is still the same.
+    between. A file that was moved with its adapter is still the same.
     """
     before, after = _files(cache), _files(cache)
     return sum(min(before[file], after[file]) for file in before.keys() & after.keys())
 
 
-def _files(cache: Path) -> dict[int, int]:
-    """Sizes by the file's number."""
+def _files(cache: Path) -> dict[tuple[str, int], int]:
+    """Sizes by adapter and the file's number; numbers alone are used again at once."""
     found = {}
     for folder, _, names in os.walk(cache):
         for name in names:
             if name.startswith("adapter_"):
                 with suppress(FileNotFoundError):  # dropped meanwhile
                     status = os.stat(os.path.join(folder, name))
-                    found[status.st_ino] = status.st_size
+                    found[os.path.basename(folder), status.st_ino] = status.st_size
     return found
 
 
