@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
-from lorafleet.cache.recipe import members_of
+from lorafleet.cache.merging.recipe import members_of
 from lorafleet.proto.messages import AdapterContent, AdapterInfo, AdapterKey
 from lorafleet.router.access import AccessMemory
 from lorafleet.router.activity import Activity

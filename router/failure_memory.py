@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 
-from lorafleet.cache import recipe
+from lorafleet.cache.merging import recipe
 from lorafleet.proto.messages import AdapterKey
 from lorafleet.router.callers import Caller, Callers
 from lorafleet.router.errors import (

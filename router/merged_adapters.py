@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lorafleet.cache.recipe import (
+from lorafleet.cache.merging.recipe import (
     MAX_MEMBERS,
     MAX_WEIGHT,
     MIN_MEMBERS,

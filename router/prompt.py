@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorafleet.cache import recipe
+from lorafleet.cache.merging import recipe
 from lorafleet.proto.messages import AdapterKey, ShardInfo
 from lorafleet.router.aliases import Aliases
 from lorafleet.router.config import RouterConfig

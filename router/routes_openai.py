@@ -9,7 +9,7 @@ from functools import partial
 
 from aiohttp import web
 
-from lorafleet.cache import recipe
+from lorafleet.cache.merging import recipe
 from lorafleet.router.answer import Answer, served_by
 from lorafleet.router.body import read_fields
 from lorafleet.router.chat import read_messages

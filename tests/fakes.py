@@ -27,7 +27,7 @@ from typing import Any, Self
 
 import grpc
 
-from lorafleet.cache.recipe import members_of
+from lorafleet.cache.merging.recipe import members_of
 from lorafleet.proto import shard_pb2
 from lorafleet.proto.codec import deserializer, encode, serialize
 from lorafleet.proto.flags import add_flags, flag, from_flags

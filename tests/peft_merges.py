@@ -10,7 +10,7 @@ import peft.tuners.lora.model as peft_lora
 import torch
 from peft import PeftModel
 
-from lorafleet.cache.recipe import MergeRecipe
+from lorafleet.cache.merging.recipe import MergeRecipe
 
 
 def add_merge(model: PeftModel, recipe: MergeRecipe, name: str) -> None:

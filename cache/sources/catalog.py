@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from lorafleet.cache import recipe
 from lorafleet.cache.disk_tier import DiskTier
 from lorafleet.cache.layout import ModelLayout
+from lorafleet.cache.merging import recipe
 from lorafleet.cache.sources import http, hub, local, merged, s3
 from lorafleet.cache.sources.source import AdapterSource, Patience
 

@@ -25,7 +25,7 @@ from lorafleet.cache.errors import (
     SourceUnavailable,
     TierFull,
 )
-from lorafleet.cache.recipe import MajoritySign, Member, MergeRecipe, Strategy
+from lorafleet.cache.merging.recipe import MajoritySign, Member, MergeRecipe, Strategy
 from lorafleet.cache.sources.hub import HubSource
 from lorafleet.cache.sources.local import LocalSource
 from lorafleet.cache.sources.merged import MergedSource

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafleet.cache.recipe import (
+from lorafleet.cache.merging.recipe import (
     MAX_LENGTH,
     MAX_WEIGHT,
     MajoritySign,

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lorafleet.cache.errors import AdapterFault, AdapterNotFound, AdapterUnservable, TierFull
+from lorafleet.cache.merging.recipe import Member, MergeRecipe
 from lorafleet.cache.packing import PackedAdapter
-from lorafleet.cache.recipe import Member, MergeRecipe
 from lorafleet.cache.store import AdapterStore
 from lorafleet.proto.flags import Bytes
 from lorafleet.proto.messages import (

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lorafleet.cache.recipe import MergeRecipe
+from lorafleet.cache.merging.recipe import MergeRecipe
 from tests.peft_merges import add_merge
 
 

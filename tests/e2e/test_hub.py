@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorafleet.cache.recipe import MajoritySign, Member, MergeRecipe, Strategy
+from lorafleet.cache.merging.recipe import MajoritySign, Member, MergeRecipe, Strategy
 from lorafleet.proto.messages import AdapterKey
 from tests.cache.hub_stand_in import Hub, Repo
 from tests.e2e.oracle import Oracle

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorafleet.cache.recipe import Member, MergeRecipe
+from lorafleet.cache.merging.recipe import Member, MergeRecipe
 from lorafleet.cache.store import AdapterStore
 from lorafleet.proto.messages import AdapterKey
 from lorafleet.router.access import AccessMemory

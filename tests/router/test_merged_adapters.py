@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import pytest
 
-from lorafleet.cache.recipe import Member, MergeRecipe
+from lorafleet.cache.merging.recipe import Member, MergeRecipe
 from lorafleet.proto.messages import AdapterKey
 from lorafleet.router.adapter import AdapterPin
 from lorafleet.router.adapters import AdapterDirectory

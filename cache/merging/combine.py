@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lorafleet.cache.recipe import MajoritySign, MergeRecipe
+from lorafleet.cache.merging.recipe import MajoritySign, MergeRecipe
 
 
 def combine(
