@@ -20,6 +20,7 @@ from lorafleet.router.errors import (
     Overloaded,
 )
 from lorafleet.router.shards import ShardGroup
+from lorafleet.router.tasks import shared
 
 K = TypeVar("K", bound=Hashable)
 Pinned = Callable[[K], bool]
@@ -54,7 +55,7 @@ class HostAndDisk:
         self._unpinned = asyncio.Event()
         self._loading = Counter[AdapterKey]()  # to host, room included: nothing of it is dropped
         # Under way: from disk, and of single contents.
-        self._drops: dict[AdapterKey | AdapterContent, asyncio.Future[None]] = {}
+        self._drops: dict[AdapterKey | AdapterContent, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
         """Counts what the shards hold from before, and evicts what is over a budget."""
@@ -158,16 +159,13 @@ class HostAndDisk:
 
     async def drop_content(self, content: AdapterContent) -> None:
         """Forgets one content's copy in host memory."""
-        if content in self._drops:
-            await self._dropped(content)
-            return
-        done = self._drops[content] = asyncio.get_running_loop().create_future()
+        await shared(self._drops, content, self._drop_content(content))
+
+    async def _drop_content(self, content: AdapterContent) -> None:
         try:
             await self._shards.drop(content.key, Tier.HOST, content.digest)
         finally:
             self.host.remove(content)
-            del self._drops[content]
-            done.set_result(None)
             self.wake()
 
     async def delete_uncounted(self, key: AdapterKey) -> None:
@@ -226,7 +224,7 @@ class HostAndDisk:
     async def _dropped(self, what: AdapterKey | AdapterContent) -> None:
         """Returns when no drop of it is under way."""
         while what in self._drops:
-            await asyncio.shield(self._drops[what])
+            await asyncio.wait([self._drops[what]])
 
     async def _fetch_to_disk(
         self, key: AdapterKey, api_token: str, refresh: bool, digest: str
@@ -302,12 +300,4 @@ class HostAndDisk:
         await self._delete(victim)
 
     async def _delete(self, key: AdapterKey) -> None:
-        if key in self._drops:
-            await self._dropped(key)
-            return
-        done = self._drops[key] = asyncio.get_running_loop().create_future()
-        try:
-            await self.drop(key)
-        finally:
-            del self._drops[key]
-            done.set_result(None)
+        await shared(self._drops, key, self.drop(key))
