@@ -48,6 +48,11 @@ class RouterConfig:
         "source of preloaded_adapter_ids; empty = adapter_source",
         choices=("", "local", "hub", "s3", "http"),
     )
+    adapter_aliases: tuple[str, ...] = flag(
+        (),
+        "names that stand for adapters from the start, each as NAME=ADAPTER_ID; operators may "
+        "point them elsewhere (/v1/adapters)",
+    )
     metrics_max_adapters: int = flag(
         100, "busiest adapters that have metrics of their own; the others share one label, other"
     )

@@ -1,4 +1,4 @@
-"""--preloaded-adapter-ids: adapters that are there before the first request."""
+"""What is there before the first request: --preloaded-adapter-ids and --adapter-aliases."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import asyncio
 import logging
 
 from lorafleet.proto.messages import Tier
+from lorafleet.router.adapter_calls import check_alias
+from lorafleet.router.aliases import Aliases
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.engine import Engine
-from lorafleet.router.errors import AdapterError, Overloaded
-from lorafleet.router.prompt import adapter_key
+from lorafleet.router.errors import AdapterError, InvalidRequest, Overloaded
+from lorafleet.router.prompt import adapter_key, is_id
 
 log = logging.getLogger(__name__)
 
@@ -42,3 +44,18 @@ async def preload(engine: Engine, config: RouterConfig) -> None:
         raise errors.exceptions[0] from None
     if names:
         log.info("%d adapters are preloaded", len(names))
+
+
+def configured_aliases(config: RouterConfig, model_id: str) -> Aliases:
+    """The aliases the operator starts with. Raises ValueError naming one that cannot be."""
+    aliases = Aliases()
+    for text in config.adapter_aliases:
+        name, _, adapter_id = text.partition("=")
+        try:
+            check_alias("NAME", name, model_id)
+        except InvalidRequest as error:
+            raise ValueError(f"--adapter-aliases {text}: {error}") from error
+        if not is_id(adapter_id):
+            raise ValueError(f"--adapter-aliases {text} must be NAME=ADAPTER_ID")
+        aliases.point(name, adapter_key(config.adapter_source or "hub", adapter_id))
+    return aliases

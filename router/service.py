@@ -22,6 +22,7 @@ from lorafleet.router.errors import AdapterChanged
 from lorafleet.router.event_stream import KeepAlive
 from lorafleet.router.generation import Generation
 from lorafleet.router.metrics import Metrics
+from lorafleet.router.preload import configured_aliases
 from lorafleet.router.prompt_form import PromptForm
 from lorafleet.router.prompt_forms import PromptForms
 from lorafleet.router.request import GenerationRequest
@@ -64,7 +65,7 @@ class Service:
 
     @classmethod
     def of(cls, engine: Engine, config: RouterConfig) -> Service:
-        """Around an engine that is connected."""
+        """Around an engine that is connected. Raises ValueError for an alias that cannot be."""
         info = engine.info
         metrics = Metrics()
         metrics.watch(engine.stats, engine.activity.metrics)
@@ -75,7 +76,7 @@ class Service:
             concurrency=Concurrency(config.max_concurrent_requests),
             keep_alive=KeepAlive(),
             metrics=metrics,
-            aliases=Aliases(),
+            aliases=configured_aliases(config, info.model_id),
             started_at=int(time.time()),
         )
 

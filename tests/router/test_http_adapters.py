@@ -12,7 +12,7 @@ from aiohttp import ClientResponse
 from lorafleet.proto.messages import AdapterKey, Tier
 from lorafleet.router.admin import refusal_of
 from lorafleet.router.config import RouterConfig
-from lorafleet.router.preload import preload
+from lorafleet.router.preload import configured_aliases, preload
 from tests.fake_model import FakeModel
 from tests.fakes import SECRET, FakeConfig
 from tests.router.http_service import Running, parse_frames, serving, until
@@ -300,3 +300,21 @@ async def test_preloaded_adapters_are_pinned_and_one_that_cannot_be_is_named() -
         bad = RouterConfig(adapter_source="local", preloaded_adapter_ids=("missing",))
         with pytest.raises(ValueError, match=r"--preloaded-adapter-ids missing: .* no adapter"):
             await preload(service.engine, bad)
+
+
+async def test_aliases_of_the_flag_are_there_from_the_start_and_bad_ones_are_named() -> None:
+    async with serving(adapter_aliases=("prod=adapter-1", "next=adapter=2")) as service:
+        prod = await service.generate("abc", adapter_id="prod", max_new_tokens=5)
+        assert prod == await service.generate("abc", adapter_id="adapter-1", max_new_tokens=5)
+        held = await listed(service)
+        assert held["adapter-1"]["aliases"] == ["prod"]
+        assert held["adapter=2"]["aliases"] == ["next"]
+        model_id = service.engine.info.model_id
+    for text, reason in (
+        ("prod", "NAME=ADAPTER_ID"),
+        ("prod=", "NAME=ADAPTER_ID"),
+        ("=adapter-1", "printable"),
+        (f"{model_id}=adapter-1", "base model"),
+    ):
+        with pytest.raises(ValueError, match=f"--adapter-aliases {text}.*{reason}"):
+            configured_aliases(RouterConfig(adapter_aliases=(text,)), model_id)
