@@ -80,27 +80,41 @@ class AttentionBatch:
     decode_start: int
     decode_pages: torch.Tensor
     decode_lengths: torch.Tensor
+    decode_foreign: torch.Tensor | None = None  # see `_foreign`; made once for all layers
     masks: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int, query: torch.Tensor, kind: AttentionKind) -> torch.Tensor:
         """Causal attention of [num_tokens, heads, head_dim] queries over their rows' pages.
 
-        Token i of a row sees keys j with i - kind.window < j <= i.
+        Token i of a row sees keys j with i - kind.window < j <= i. What lies in its pages behind
+        its own keys is another's, and may be no number, which no weight of 0 would keep out.
         """
         scaling, window, softcap = kind
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         for index, span in enumerate(self.spans):
             keys, values = self.pool.read(layer, span.pages)
+            num_own = span.first + span.stop - span.start
+            keys[num_own:], values[num_own:] = 0, 0
             mask = self.span_mask(index, window, query.dtype)
             tokens = query[span.start : span.stop].transpose(0, 1)
             attended = _attend_span(tokens, keys, values, mask, scaling, softcap)
             output[span.start : span.stop] = attended
         if self.decode_start < output.shape[0]:
             keys, values = self.pool.read(layer, self.decode_pages)
+            for read in (keys, values):
+                read.flatten(0, 1).index_fill_(0, self._foreign(), 0)
             mask = self.decode_mask(window, query.dtype)
             tokens = query[self.decode_start :]
             output[self.decode_start :] = _attend_rows(tokens, keys, values, mask, scaling, softcap)
         return output
+
+    def _foreign(self) -> torch.Tensor:
+        """Which of [num_decodes * keys] lie behind their row's own: int64."""
+        if self.decode_foreign is None:
+            positions = torch.arange(_num_keys(self.decode_pages), device=self.locations.device)
+            is_foreign = positions >= self.decode_lengths.unsqueeze(1)
+            self.decode_foreign = is_foreign.flatten().nonzero().squeeze(1)
+        return self.decode_foreign
 
     def span_mask(self, index: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask [tokens, keys] of a prefill span, made once for all layers."""

@@ -129,7 +129,8 @@ class CapturedFlash:
         tokens, indptr, last = (
             torch.zeros(count, dtype=torch.int32, device=device) for count in counts
         )
-        pages = torch.zeros(max_rows * max_pages, dtype=torch.int32, device=device)
+        num_pages = max(max_rows * max_pages, -(-max_tokens // PAGE_SIZE))  # of `scratch_rows`
+        pages = torch.zeros(num_pages, dtype=torch.int32, device=device)
         workspace = torch.zeros(
             _captured_bytes(flash, max_tokens, max_rows), dtype=torch.uint8, device=device
         )

@@ -107,7 +107,7 @@ class PromptForm:
 
     def inputs(self, size: int) -> StepInputs:
         """New buffers."""
-        draws = min(size, self._rows.max_rows)
+        draws = min(size, self._flash.max_rows)
         # Each row's run of tokens ends in a tile that may not be full, and so may the padding.
         tiles = size // TILE_TOKENS + self._flash.max_rows + 1
         return StepInputs(size, draws, tiles, self._rows.device)

@@ -69,6 +69,8 @@ class StepGraphs:
         self._decoder, self._rows, self._kv = decoder, rows, pool
         self.max_tokens = max_tokens
         self._pool = torch.cuda.graph_pool_handle()
+        # Of its own: cuBLAS's workspaces belong to a stream, and go with any graph captured on it.
+        self._stream = torch.cuda.Stream(rows.device)
         units = MAX_DECODE_TOKENS * decoder.partition.local_kv_heads
         self._arrived = torch.zeros(units, dtype=torch.int32, device=rows.device)
         self._decodes = DecodeForm(rows, pool, self._arrived, max_tokens)
@@ -172,7 +174,9 @@ class StepGraphs:
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         # Other threads may page-lock memory for adapters meanwhile: their calls are not ours.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             logits, draw = self._compute(key.form, inputs, lora)
         return _Captured(graph, logits, draw, lora)
 
