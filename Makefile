@@ -22,7 +22,7 @@ PACKAGES := proto kernels cache router shard client deploy
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup proto demo serve test lint types imports check bench gpu fmt clean
+.PHONY: help setup proto demo serve test tests lint types imports check bench gpu fmt clean
 gpu: SHELL := /bin/bash
 
 help: ## list the targets
@@ -43,6 +43,8 @@ serve: setup ## serve the demo model on PORT (8080) until Ctrl-C
 test: setup ## run every test (PYTEST="..." replaces pytest's options)
 	@$(RUN) -m pytest $(PYTEST)
 
+tests: test
+
 lint: setup ## ruff: rules and formatting
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
@@ -51,6 +53,7 @@ types: setup $(LINKS) ## mypy --strict over the packages and the tests
 	@$(BIN)/mypy $(addprefix build/types/lorafleet/,$(PACKAGES)) tests
 
 imports: setup ## import-linter: packages stand on each other one way only
+	@mkdir -p build
 	@$(BIN)/lint-imports --verbose --no-cache > build/imports.log 2>&1 || { cat build/imports.log; exit 1; }
 
 check: lint types imports test ## what CI runs
@@ -59,6 +62,7 @@ bench: setup ## the numbers of docs/benchmarks.md (BENCH="peft demo router stall
 	@$(BIN)/python -m tests.bench $(BENCH)
 
 gpu: ## tests and benchmarks of this machine's CUDA device, into GPU_OUT; needs no network
+	@$(PYTHON) -P tests/bench/gpu/needs.py
 	@rm -rf build/gpu/site && mkdir -p build/gpu/path $(GPU_OUT)
 	@$(PYTHON) -m pip install -q --no-index --no-deps --no-build-isolation --no-compile --target build/gpu/site .
 	@ln -sfn $(CURDIR)/tests build/gpu/path/tests

@@ -19,9 +19,10 @@ _AT_ONCE = 16
 
 
 async def preload(engine: Engine, config: RouterConfig) -> None:
-    """Loads and pins them in host memory. Raises ValueError naming one that cannot be, ShardLost.
+    """Loads and pins them in host memory; checks the aliases.
 
     Each is copied to the device as well, where it stays until another adapter needs the place.
+    Raises ValueError naming one that cannot be, ShardLost.
     """
     source = config.preloaded_adapter_source or config.adapter_source or "hub"
     gate = asyncio.Semaphore(_AT_ONCE)
@@ -42,6 +43,7 @@ async def preload(engine: Engine, config: RouterConfig) -> None:
                 group.create_task(load(name))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
+    await _check_aliases(engine, config)
     if names:
         log.info("%d adapters are preloaded", len(names))
 
@@ -59,3 +61,11 @@ def configured_aliases(config: RouterConfig, model_id: str) -> Aliases:
             raise ValueError(f"--adapter-aliases {text} must be NAME=ADAPTER_ID")
         aliases.point(name, adapter_key(config.adapter_source or "hub", adapter_id))
     return aliases
+
+
+async def _check_aliases(engine: Engine, config: RouterConfig) -> None:
+    known = {status.key for status in await engine.all_adapters()}
+    for name, key in configured_aliases(config, engine.info.model_id):
+        hidden = adapter_key(config.adapter_source or "hub", name)
+        if hidden != key and hidden in known:
+            raise ValueError(f"--adapter-aliases {name}: this is the name of an adapter")

@@ -35,6 +35,8 @@ async def load_adapter(request: web.Request) -> web.Response:
     service = request.app[SERVICE]
     fields = await read_fields(request)
     call = read_load_call(fields, service.config, service.aliases, service.engine.info.model_id)
+    if call.alias:
+        await service.check_hides_nothing("alias", call.alias, call.key)
     control = service.engine.control
     if call.reload:
         await control.reload(call.key, call.api_token)
@@ -59,7 +61,7 @@ async def drop_adapter(request: web.Request) -> web.Response:
     fields = Fields(dict(request.query) | {"adapter_id": request.match_info["id"]})
     key = read_key(fields, "adapter_id", service.config, service.aliases)
     aliases = service.aliases.names_of(key)
-    if not aliases and not await _is_known(service, key):
+    if not aliases and not await service.is_known(key):
         raise AdapterNotFound(f"there is no adapter {key} here")
     for alias in aliases:
         service.aliases.remove(alias)
@@ -76,10 +78,6 @@ async def drop_alias(request: web.Request) -> web.Response:
     if request.app[SERVICE].aliases.remove(alias) is None:
         raise AdapterNotFound(f"there is no alias {alias}")
     return web.json_response({"id": alias, "object": "alias", "deleted": True})
-
-
-async def _is_known(service: Service, key: AdapterKey) -> bool:
-    return any(status.key == key for status in await service.engine.all_adapters())
 
 
 def _show(service: Service, key: AdapterKey, status: AdapterStatus | None) -> dict[str, Any]:

@@ -30,6 +30,7 @@ async def load_lora_adapter(request: web.Request) -> web.Response:
             f"The lora adapter '{name}' has already been loaded. "
             "If you want to load the adapter in place, set 'load_inplace' to True."
         )
+    await service.check_hides_nothing("lora_name", name, key)
     control, api_token = service.engine.control, fields.string("api_token", "")
     if taken == key:  # the same place, so what is there now is read again
         await control.reload(key, api_token)

@@ -18,11 +18,12 @@ from lorafleet.router.concurrency import Concurrency
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.deadline import Deadline
 from lorafleet.router.engine import Engine
-from lorafleet.router.errors import AdapterChanged
+from lorafleet.router.errors import AdapterChanged, InvalidRequest
 from lorafleet.router.event_stream import KeepAlive
 from lorafleet.router.generation import Generation
 from lorafleet.router.metrics import Metrics
 from lorafleet.router.preload import configured_aliases
+from lorafleet.router.prompt import adapter_key
 from lorafleet.router.prompt_form import PromptForm
 from lorafleet.router.prompt_forms import PromptForms
 from lorafleet.router.request import GenerationRequest
@@ -79,6 +80,16 @@ class Service:
             aliases=configured_aliases(config, info.model_id),
             started_at=int(time.time()),
         )
+
+    async def is_known(self, key: AdapterKey) -> bool:
+        """Whether an adapter is loaded, or on the shards' disks, for anybody."""
+        return any(status.key == key for status in await self.engine.all_adapters())
+
+    async def check_hides_nothing(self, field: str, alias: str, key: AdapterKey) -> None:
+        """Raises InvalidRequest if a new alias of `key` were to take another adapter's name."""
+        hidden = adapter_key(self.config.adapter_source or "hub", alias)
+        if alias not in self.aliases and hidden != key and await self.is_known(hidden):
+            raise InvalidRequest(f"`{field}` {alias!r} is the name of an adapter", field)
 
     @asynccontextmanager
     async def addressed(

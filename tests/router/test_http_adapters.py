@@ -100,6 +100,32 @@ async def test_names_that_cannot_be_aliases_are_refused(name: str) -> None:
         assert service.shard.fetches == []
 
 
+async def test_an_alias_hides_no_adapter_that_is_known() -> None:
+    async with serving() as service:
+        await service.generate("a", adapter_id="adapter-2", max_new_tokens=1)
+        taken = {"adapter_id": "adapter-1", "alias": "adapter-2"}
+        answer = await service.json("/v1/adapters", taken, status=422)
+        assert answer["error"]["param"] == "alias"
+        assert "is the name of an adapter" in answer["error"]["message"]
+        taken = {"lora_name": "adapter-2", "lora_path": "adapter-1"}
+        answer = await service.json("/v1/load_lora_adapter", taken, status=422)
+        assert answer["error"]["param"] == "lora_name"
+        config = RouterConfig(adapter_source="local", adapter_aliases=("adapter-2=adapter-1",))
+        with pytest.raises(ValueError, match=r"--adapter-aliases adapter-2: .* name of an adapter"):
+            await preload(service.engine, config)
+        own = {"lora_name": "adapter-2", "lora_path": "adapter-2"}  # as vLLM's users do
+        assert (await service.post("/v1/load_lora_adapter", own)).status == 200
+
+
+async def test_an_alias_that_came_first_may_be_pointed_on() -> None:
+    async with serving() as service:
+        await service.json("/v1/adapters", {"adapter_id": "adapter-1", "alias": "adapter-2"})
+        full = {"adapter_id": "adapter-2", "adapter_source": "local"}
+        await service.json("/v1/adapters", full)
+        await service.json("/v1/adapters", {"adapter_id": "adapter-3", "alias": "adapter-2"})
+        assert (await listed(service))["adapter-3"]["aliases"] == ["adapter-2"]
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
