@@ -130,8 +130,16 @@ def read_call(
         priority=read_priority(fields),
         api_token=read_api_token(fields, adapter, headers),
     )
+    _refuse_misplaced(body, fields)
     _check_combinations(call)
     return call
+
+
+def _refuse_misplaced(body: Fields, parameters: Fields) -> None:
+    """Refuses a parameter beside `parameters`; the parameters are those that have been read."""
+    for name in sorted(parameters.read_names):
+        if body.has(name):
+            raise InvalidRequest(f"`{name}` belongs in `parameters`", name)
 
 
 def _read_sampling(fields: Fields) -> Sampling:
