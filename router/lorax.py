@@ -8,7 +8,7 @@ from json import dumps
 from typing import Any
 
 from lorafleet.proto.messages import AdapterKey, ShardInfo
-from lorafleet.router.aliases import Aliases
+from lorafleet.router.adapter_names import AdapterNames
 from lorafleet.router.body import to_json
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.deadline import Deadline, read_deadline
@@ -100,7 +100,7 @@ def read_call(
     headers: Mapping[str, str],
     config: RouterConfig,
     info: ShardInfo,
-    aliases: Aliases,
+    names: AdapterNames,
     stream: bool | None = None,
 ) -> LoraxCall:
     """Checks a body; `stream` None takes the body's own flag. Raises InvalidRequest."""
@@ -113,7 +113,7 @@ def read_call(
     if fields.boolean("watermark"):
         raise InvalidRequest("`watermark` is not supported", "watermark")
     adapter_id = fields.string("adapter_id", "")
-    adapter = read_adapter_or_merge(adapter_id, "adapter_id", fields, config, aliases)
+    adapter = read_adapter_or_merge(adapter_id, "adapter_id", fields, names)
     call = LoraxCall(
         inputs=inputs,
         stream=body.boolean("stream") if stream is None else stream,

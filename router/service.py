@@ -13,6 +13,7 @@ from aiohttp import web
 
 from lorafleet.proto.messages import AdapterKey, ShardInfo
 from lorafleet.router.adapter import AdapterHold, num_tokens
+from lorafleet.router.adapter_names import AdapterNames
 from lorafleet.router.aliases import Aliases
 from lorafleet.router.concurrency import Concurrency
 from lorafleet.router.config import RouterConfig
@@ -22,7 +23,7 @@ from lorafleet.router.errors import AdapterChanged
 from lorafleet.router.event_stream import KeepAlive
 from lorafleet.router.generation import Generation
 from lorafleet.router.metrics import Metrics
-from lorafleet.router.preload import configured_aliases
+from lorafleet.router.preload import configured_names
 from lorafleet.router.prompt_form import PromptForm
 from lorafleet.router.prompt_forms import PromptForms
 from lorafleet.router.request import GenerationRequest
@@ -60,7 +61,7 @@ class Service:
     concurrency: Concurrency
     keep_alive: KeepAlive
     metrics: Metrics
-    aliases: Aliases
+    names: AdapterNames
     started_at: int  # seconds since the epoch
 
     @classmethod
@@ -76,9 +77,14 @@ class Service:
             concurrency=Concurrency(config.max_concurrent_requests),
             keep_alive=KeepAlive(),
             metrics=metrics,
-            aliases=configured_aliases(config, info.model_id),
+            names=configured_names(config, info),
             started_at=int(time.time()),
         )
+
+    @property
+    def aliases(self) -> Aliases:
+        """Names that operators gave."""
+        return self.names.aliases
 
     @asynccontextmanager
     async def addressed(

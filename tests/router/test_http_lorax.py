@@ -449,7 +449,7 @@ async def test_a_parameter_beside_the_parameters_is_refused_not_ignored() -> Non
 
 
 async def test_other_fields_beside_the_parameters_are_ignored() -> None:
-    others = {"colour": "red", "model": "m", "ids": [], "timeout": None, "stream": False}
+    others: dict[str, Any] = {"colour": "red", "model": "m", "timeout": None, "stream": False}
     async with serving() as service:
         body = {"inputs": "abc", "parameters": {"max_new_tokens": 3}} | others
         assert await service.json("/generate", body) == {"generated_text": "abc"}
