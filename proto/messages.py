@@ -45,6 +45,7 @@ class ShardInfo:
     tokenizer_config_json: bytes = field(repr=False)
     model_revision: str
     arena_alignment: int
+    adapter_roots: list[str]
 
 
 @dataclass(frozen=True, slots=True)

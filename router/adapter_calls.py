@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from lorafleet.proto.messages import AdapterKey, Tier
-from lorafleet.router.aliases import Aliases
-from lorafleet.router.config import RouterConfig
+from lorafleet.router.adapter_names import AdapterNames
 from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, refusal
 from lorafleet.router.merged_adapters import read_merge
@@ -31,13 +30,11 @@ class LoadCall:
     api_token: str = field(repr=False)
 
 
-def read_load_call(
-    fields: Fields, config: RouterConfig, aliases: Aliases, model_id: str
-) -> LoadCall:
+def read_load_call(fields: Fields, names: AdapterNames, model_id: str) -> LoadCall:
     """Checks a body. Raises InvalidRequest."""
     alias = fields.string("alias", "")
     return LoadCall(
-        key=_read_key_or_merge(fields, config, aliases),
+        key=_read_key_or_merge(fields, names),
         tier=_choice(fields, "tier", _TIERS, Tier.HOST),
         pin=_choice(fields, "pin", _PINS, None),
         alias=check_alias("alias", alias, model_id) if alias else "",
@@ -46,18 +43,18 @@ def read_load_call(
     )
 
 
-def _read_key_or_merge(fields: Fields, config: RouterConfig, aliases: Aliases) -> AdapterKey:
-    merge = None if fields.has("adapter_id") else read_merge(fields, config, aliases)
-    return merge or read_key(fields, "adapter_id", config, aliases)
+def _read_key_or_merge(fields: Fields, names: AdapterNames) -> AdapterKey:
+    merge = None if fields.has("adapter_id") else read_merge(fields, names)
+    return merge or read_key(fields, "adapter_id", names)
 
 
-def read_key(fields: Fields, name: str, config: RouterConfig, aliases: Aliases) -> AdapterKey:
+def read_key(fields: Fields, name: str, names: AdapterNames) -> AdapterKey:
     """The adapter a field names, with `adapter_source` and `revision`. Raises InvalidRequest."""
     fields.required(name)
     revision = fields.string("revision", "")
     # With a revision the id is an id.
     found = read_adapter(
-        fields.string(name, ""), name, fields, config, Aliases() if revision else aliases
+        fields.string(name, ""), name, fields, names.without_aliases() if revision else names
     )
     if found is None:
         raise InvalidRequest(f"`{name}` must name an adapter, not the base model", name)

@@ -7,7 +7,7 @@ from json import dumps
 from typing import Any
 
 from lorafleet.proto.messages import ShardInfo
-from lorafleet.router.aliases import Aliases
+from lorafleet.router.adapter_names import AdapterNames
 from lorafleet.router.body import to_json
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.errors import InvalidRequest
@@ -24,7 +24,7 @@ def read_chat_call(
     headers: Mapping[str, str],
     config: RouterConfig,
     info: ShardInfo,
-    aliases: Aliases,
+    names: AdapterNames,
 ) -> OpenAiCall:
     """Checks a body but for its messages. Raises InvalidRequest."""
     logprobs = fields.boolean("logprobs")
@@ -35,7 +35,7 @@ def read_chat_call(
         fields,
         headers,
         config,
-        aliases,
+        names,
         info.model_id,
         default_max_tokens=None,
         max_new_tokens=max_total_tokens(info),

@@ -7,7 +7,7 @@ from json import dumps
 from typing import Any
 
 from lorafleet.proto.messages import ShardInfo
-from lorafleet.router.aliases import Aliases
+from lorafleet.router.adapter_names import AdapterNames
 from lorafleet.router.body import to_json
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.errors import InvalidRequest
@@ -27,7 +27,7 @@ def read_completion_call(
     headers: Mapping[str, str],
     config: RouterConfig,
     info: ShardInfo,
-    aliases: Aliases,
+    names: AdapterNames,
 ) -> OpenAiCall:
     """Checks a body but for its prompts. Raises InvalidRequest."""
     fields.unsupported("suffix")
@@ -40,7 +40,7 @@ def read_completion_call(
         fields,
         headers,
         config,
-        aliases,
+        names,
         info.model_id,
         default_max_tokens=_DEFAULT_MAX_TOKENS,
         max_new_tokens=max_total_tokens(info),

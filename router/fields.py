@@ -20,10 +20,11 @@ class Fields:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
+        self.read_names: set[str] = set()  # what readers asked for, there or not
 
     def has(self, name: str) -> bool:
         """Whether the field is there and not null."""
-        return self._values.get(name) is not None
+        return self.raw(name) is not None
 
     def with_value(self, name: str, value: Any) -> Fields:
         """The same fields but for one."""
@@ -35,11 +36,12 @@ class Fields:
 
     def raw(self, name: str) -> Any:
         """The field as JSON gave it; None when absent."""
+        self.read_names.add(name)
         return self._values.get(name)
 
     def integer(self, name: str, default: D, low: int, high: int) -> int | D:
         """A whole number in [low, high]."""
-        value = self._values.get(name)
+        value = self.raw(name)
         if value is None:
             return default
         if not _is_integer(value) or not low <= value <= high:
@@ -50,7 +52,7 @@ class Fields:
         self, name: str, default: float, low: float, high: float, *, above_low: bool = False
     ) -> float:
         """A finite number in [low, high], or in (low, high]."""
-        value = self._values.get(name)
+        value = self.raw(name)
         if value is None:
             return default
         if not _is_number(value) or not low <= value <= high or (above_low and value == low):
@@ -70,7 +72,7 @@ class Fields:
 
     def boolean(self, name: str, default: bool = False) -> bool:
         """true or false."""
-        value = self._values.get(name)
+        value = self.raw(name)
         if value is None:
             return default
         if not isinstance(value, bool):
@@ -79,12 +81,12 @@ class Fields:
 
     def string(self, name: str, default: D) -> str | D:
         """A string of whole Unicode characters."""
-        value = self._values.get(name)
+        value = self.raw(name)
         return default if value is None else check_string(name, value)
 
     def strings(self, name: str, max_count: int) -> list[str]:
         """A list of at most `max_count` non-empty strings; a string alone is a list of one."""
-        value = self._values.get(name)
+        value = self.raw(name)
         if value is None:
             return []
         items = [value] if isinstance(value, str) else value
@@ -97,7 +99,7 @@ class Fields:
 
     def object(self, name: str) -> Fields | None:
         """A JSON object; None when absent."""
-        value = self._values.get(name)
+        value = self.raw(name)
         if value is None:
             return None
         if not isinstance(value, dict):
@@ -113,7 +115,7 @@ class Fields:
     def unsupported(self, *names: str) -> None:
         """Refuses what would change the answer and cannot be honoured; empty values pass."""
         for name in names:
-            if self._values.get(name):
+            if self.raw(name):
                 raise InvalidRequest(f"`{name}` is not supported yet", name)
 
 

@@ -8,7 +8,7 @@ from json import dumps
 from typing import Any
 
 from lorafleet.proto.messages import AdapterKey, ShardInfo
-from lorafleet.router.aliases import Aliases
+from lorafleet.router.adapter_names import AdapterNames
 from lorafleet.router.body import to_json
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.deadline import Deadline, read_deadline
@@ -100,7 +100,7 @@ def read_call(
     headers: Mapping[str, str],
     config: RouterConfig,
     info: ShardInfo,
-    aliases: Aliases,
+    names: AdapterNames,
     stream: bool | None = None,
 ) -> LoraxCall:
     """Checks a body; `stream` None takes the body's own flag. Raises InvalidRequest."""
@@ -113,7 +113,7 @@ def read_call(
     if fields.boolean("watermark"):
         raise InvalidRequest("`watermark` is not supported", "watermark")
     adapter_id = fields.string("adapter_id", "")
-    adapter = read_adapter_or_merge(adapter_id, "adapter_id", fields, config, aliases)
+    adapter = read_adapter_or_merge(adapter_id, "adapter_id", fields, names)
     call = LoraxCall(
         inputs=inputs,
         stream=body.boolean("stream") if stream is None else stream,
@@ -130,8 +130,16 @@ def read_call(
         priority=read_priority(fields),
         api_token=read_api_token(fields, adapter, headers),
     )
+    _refuse_misplaced(body, fields)
     _check_combinations(call)
     return call
+
+
+def _refuse_misplaced(body: Fields, parameters: Fields) -> None:
+    """Refuses a parameter beside `parameters`; the parameters are those that have been read."""
+    for name in sorted(parameters.read_names):
+        if body.has(name):
+            raise InvalidRequest(f"`{name}` belongs in `parameters`", name)
 
 
 def _read_sampling(fields: Fields) -> Sampling:

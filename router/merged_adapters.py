@@ -14,8 +14,7 @@ from lorafleet.cache.merging.recipe import (
     Strategy,
 )
 from lorafleet.proto.messages import AdapterKey
-from lorafleet.router.aliases import Aliases
-from lorafleet.router.config import RouterConfig
+from lorafleet.router.adapter_names import AdapterNames
 from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, refusal
 from lorafleet.router.prompt import read_adapter
@@ -25,14 +24,14 @@ IDS, WEIGHTS, DENSITY = (f"{FIELD}.{name}" for name in ("ids", "weights", "densi
 
 
 def read_adapter_or_merge(
-    adapter_id: str, id_field: str, fields: Fields, config: RouterConfig, aliases: Aliases
+    adapter_id: str, id_field: str, fields: Fields, names: AdapterNames
 ) -> AdapterKey | None:
     """The adapter that `adapter_id` or `merged_adapters` names; None = the base model.
 
     Raises InvalidRequest.
     """
-    adapter = read_adapter(adapter_id, id_field, fields, config, aliases)
-    merge = read_merge(fields, config, aliases)
+    adapter = read_adapter(adapter_id, id_field, fields, names)
+    merge = read_merge(fields, names)
     if adapter is not None and merge is not None:
         raise InvalidRequest(
             f"at most one of `{id_field}` and `{FIELD}` may name an adapter", FIELD
@@ -40,7 +39,7 @@ def read_adapter_or_merge(
     return merge or adapter
 
 
-def read_merge(fields: Fields, config: RouterConfig, aliases: Aliases) -> AdapterKey | None:
+def read_merge(fields: Fields, names: AdapterNames) -> AdapterKey | None:
     """The key of the merge that is asked for; None when none is. Raises InvalidRequest.
 
     `ids` are read as `adapter_id` is, `adapter_source` included. `weights` has one for each.
@@ -49,7 +48,7 @@ def read_merge(fields: Fields, config: RouterConfig, aliases: Aliases) -> Adapte
     if asked is None:
         return None
     asked = asked.named(FIELD)
-    keys = _read_ids(asked, fields, config, aliases)
+    keys = _read_ids(asked, fields, names)
     strategy = Strategy(_choice(asked, f"{FIELD}.merge_strategy", Strategy, Strategy.LINEAR))
     sign = _choice(asked, f"{FIELD}.majority_sign_method", MajoritySign, MajoritySign.TOTAL)
     weights = asked.numbers(WEIGHTS, len(keys), -MAX_WEIGHT, MAX_WEIGHT)
@@ -68,9 +67,7 @@ def read_merge(fields: Fields, config: RouterConfig, aliases: Aliases) -> Adapte
     return recipe.key
 
 
-def _read_ids(
-    asked: Fields, fields: Fields, config: RouterConfig, aliases: Aliases
-) -> list[AdapterKey]:
+def _read_ids(asked: Fields, fields: Fields, names: AdapterNames) -> list[AdapterKey]:
     asked.required(IDS)
     ids = asked.strings(IDS, MAX_MEMBERS)
     if len(ids) < MIN_MEMBERS:
@@ -78,7 +75,7 @@ def _read_ids(
             f"`{IDS}` must have between {MIN_MEMBERS} and {MAX_MEMBERS} adapters, got {len(ids)}",
             IDS,
         )
-    found = [read_adapter(one, IDS, fields, config, aliases) for one in ids]
+    found = [read_adapter(one, IDS, fields, names) for one in ids]
     keys = [key for key in found if key is not None]
     if len(keys) < len(ids):
         raise InvalidRequest(f"`{IDS}` must name adapters, not the base model", IDS)

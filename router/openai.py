@@ -11,7 +11,7 @@ from json import dumps
 from typing import Any, ClassVar
 
 from lorafleet.proto.messages import AdapterKey
-from lorafleet.router.aliases import Aliases
+from lorafleet.router.adapter_names import AdapterNames
 from lorafleet.router.body import to_json
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.deadline import Deadline, read_deadline
@@ -94,7 +94,7 @@ def read_call(
     fields: Fields,
     headers: Mapping[str, str],
     config: RouterConfig,
-    aliases: Aliases,
+    names: AdapterNames,
     served_model: str,
     *,
     default_max_tokens: int | None,
@@ -109,7 +109,7 @@ def read_call(
     _refuse_response_format(fields)
     model = check_string("model", fields.required("model"))
     adapter_id = "" if model == served_model else model
-    adapter = read_adapter_or_merge(adapter_id, "model", fields, config, aliases)
+    adapter = read_adapter_or_merge(adapter_id, "model", fields, names)
     stream = fields.boolean("stream")
     max_new_field = "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
     options = fields.object("stream_options") or Fields({})

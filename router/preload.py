@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from lorafleet.proto.messages import Tier
+from lorafleet.proto.messages import AdapterKey, ShardInfo, Tier
 from lorafleet.router.adapter_calls import check_alias
-from lorafleet.router.aliases import Aliases
+from lorafleet.router.adapter_names import AdapterNames
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.engine import Engine
 from lorafleet.router.errors import AdapterError, InvalidRequest, Overloaded
-from lorafleet.router.prompt import adapter_key, is_id
+from lorafleet.router.prompt import is_id
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +24,10 @@ async def preload(engine: Engine, config: RouterConfig) -> None:
     Each is copied to the device as well, where it stays until another adapter needs the place.
     Raises ValueError naming one that cannot be, ShardLost.
     """
-    source = config.preloaded_adapter_source or config.adapter_source or "hub"
+    wanted = _preloaded(config, engine.info)
     gate = asyncio.Semaphore(_AT_ONCE)
 
-    async def load(name: str) -> None:
-        key = adapter_key(source, name)
+    async def load(name: str, key: AdapterKey) -> None:
         async with gate:
             try:
                 await engine.control.pin(key, "", Tier.HOST)
@@ -36,36 +35,48 @@ async def preload(engine: Engine, config: RouterConfig) -> None:
             except (AdapterError, Overloaded) as error:
                 raise ValueError(f"--preloaded-adapter-ids {name}: {error}") from error
 
-    names = dict.fromkeys(config.preloaded_adapter_ids)
     try:
         async with asyncio.TaskGroup() as group:
-            for name in names:
-                group.create_task(load(name))
+            for key, name in wanted.items():
+                group.create_task(load(name, key))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     await _check_aliases(engine, config)
-    if names:
-        log.info("%d adapters are preloaded", len(names))
+    if wanted:
+        log.info("%d adapters are preloaded", len(wanted))
 
 
-def configured_aliases(config: RouterConfig, model_id: str) -> Aliases:
-    """The aliases the operator starts with. Raises ValueError naming one that cannot be."""
-    aliases = Aliases()
+def _preloaded(config: RouterConfig, info: ShardInfo) -> dict[AdapterKey, str]:
+    names = AdapterNames.of(config, info)
+    wanted: dict[AdapterKey, str] = {}
+    for name in config.preloaded_adapter_ids:
+        try:
+            key = names.key(config.preloaded_adapter_source or names.default_source, name)
+        except ValueError as error:
+            raise ValueError(f"--preloaded-adapter-ids {name}: {error}") from error
+        wanted.setdefault(key, name)
+    return wanted
+
+
+def configured_names(config: RouterConfig, info: ShardInfo) -> AdapterNames:
+    """The names the operator starts with. Raises ValueError naming an alias that cannot be."""
+    names = AdapterNames.of(config, info)
     for text in config.adapter_aliases:
         name, _, adapter_id = text.partition("=")
         try:
-            check_alias("NAME", name, model_id)
-        except InvalidRequest as error:
+            check_alias("NAME", name, info.model_id)
+            if not is_id(adapter_id):
+                raise ValueError("must be NAME=ADAPTER_ID")
+            key = names.key(names.default_source, adapter_id)
+        except (InvalidRequest, ValueError) as error:
             raise ValueError(f"--adapter-aliases {text}: {error}") from error
-        if not is_id(adapter_id):
-            raise ValueError(f"--adapter-aliases {text} must be NAME=ADAPTER_ID")
-        aliases.point(name, adapter_key(config.adapter_source or "hub", adapter_id))
-    return aliases
+        names.aliases.point(name, key)
+    return names
 
 
 async def _check_aliases(engine: Engine, config: RouterConfig) -> None:
     known = {status.key for status in await engine.all_adapters()}
-    for name, key in configured_aliases(config, engine.info.model_id):
-        hidden = adapter_key(config.adapter_source or "hub", name)
-        if hidden != key and hidden in known:
-            raise ValueError(f"--adapter-aliases {name}: this is the name of an adapter")
+    names = configured_names(config, engine.info)
+    for alias, key in names.aliases:
+        if names.own(alias) not in (None, key) and names.own(alias) in known:
+            raise ValueError(f"--adapter-aliases {alias}: this is the name of an adapter")

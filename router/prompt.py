@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lorafleet.cache.merging import recipe
 from lorafleet.proto.messages import AdapterKey, ShardInfo
-from lorafleet.router.aliases import Aliases
+from lorafleet.router.adapter_names import AdapterNames
 from lorafleet.router.config import RouterConfig
 from lorafleet.router.errors import InvalidRequest
 from lorafleet.router.fields import Fields, refusal
@@ -74,39 +74,26 @@ def is_id(text: str) -> bool:
 
 
 def read_adapter(
-    adapter_id: str, id_field: str, fields: Fields, config: RouterConfig, aliases: Aliases
+    adapter_id: str, id_field: str, fields: Fields, names: AdapterNames
 ) -> AdapterKey | None:
     """The adapter named by `adapter_id` and `adapter_source`; None = the base model.
 
     An alias is looked at only where no source is named, so an id can always be said in full.
-    A hub's id may have its revision: `owner/name@revision`. A merged adapter's id is its recipe.
+    A hub's id may have its revision: `owner/name@revision`. A local one is a path under the
+    adapter root. A merged adapter's id is its recipe. Raises InvalidRequest.
     """
-    source = fields.string("adapter_source", "").lower() or config.adapter_source or "hub"
+    source = fields.string("adapter_source", "").lower() or names.default_source
     if source not in SOURCES:
         raise refusal("adapter_source", f"one of {', '.join(SOURCES)}", source)
     if adapter_id in ("", BASE_MODEL):
         return None
-    if source == recipe.SOURCE:
-        return _read_recipe(adapter_id, id_field)
-    if not is_id(adapter_id):
+    if source != recipe.SOURCE and not is_id(adapter_id):
         wanted = f"at most {MAX_ID_LENGTH} printable characters"
         raise refusal(id_field, wanted, adapter_id)
-    if not fields.string("adapter_source", "") and (found := aliases.find(adapter_id)):
+    if not fields.string("adapter_source", "") and (found := names.aliases.find(adapter_id)):
         return found
-    return adapter_key(source, adapter_id)
-
-
-def adapter_key(source: str, adapter_id: str) -> AdapterKey:
-    """The key of an id as people write it; a hub's may carry its revision."""
-    if source != "hub":
-        return AdapterKey(source, adapter_id)
-    name, _, revision = adapter_id.partition("@")
-    return AdapterKey(source, name, revision)
-
-
-def _read_recipe(text: str, id_field: str) -> AdapterKey:
     try:
-        return recipe.MergeRecipe.parse(text).key
+        return names.key(source, adapter_id)
     except ValueError as error:
         raise InvalidRequest(f"`{id_field}`: {error}", id_field) from None
 

@@ -34,7 +34,7 @@ async def load_adapter(request: web.Request) -> web.Response:
     """POST /v1/adapters: reads anew, pins, loads and names an adapter, until something fails."""
     service = request.app[SERVICE]
     fields = await read_fields(request)
-    call = read_load_call(fields, service.config, service.aliases, service.engine.info.model_id)
+    call = read_load_call(fields, service.names, service.engine.info.model_id)
     if call.alias:
         await service.check_hides_nothing("alias", call.alias, call.key)
     control = service.engine.control
@@ -59,7 +59,7 @@ async def drop_adapter(request: web.Request) -> web.Response:
     """
     service = request.app[SERVICE]
     fields = Fields(dict(request.query) | {"adapter_id": request.match_info["id"]})
-    key = read_key(fields, "adapter_id", service.config, service.aliases)
+    key = read_key(fields, "adapter_id", service.names)
     aliases = service.aliases.names_of(key)
     if not aliases and not await service.is_known(key):
         raise AdapterNotFound(f"there is no adapter {key} here")

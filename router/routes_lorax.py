@@ -33,7 +33,7 @@ async def _respond(request: web.Request, stream: bool | None) -> web.StreamRespo
     with service.concurrency.enter():
         body = await read_fields(request)
         info = service.engine.info
-        call = read_call(body, request.headers, service.config, info, service.aliases, stream)
+        call = read_call(body, request.headers, service.config, info, service.names, stream)
         async with AsyncExitStack() as stack:
             async with service.addressed(call.adapter, call.api_token, call.deadline) as to:
                 prompt_ids = await to.tokenizer.encode(call.inputs)

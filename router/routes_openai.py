@@ -40,7 +40,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     with service.concurrency.enter():
         fields = await read_fields(request)
         config, info = service.config, service.engine.info
-        call = read_completion_call(fields, request.headers, config, info, service.aliases)
+        call = read_completion_call(fields, request.headers, config, info, service.names)
         echo = fields.boolean("echo")
         given = read_prompts(fields, config.max_concurrent_requests)
 
@@ -59,7 +59,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     with service.concurrency.enter():
         fields = await read_fields(request)
         info = service.engine.info
-        call = read_chat_call(fields, request.headers, service.config, info, service.aliases)
+        call = read_chat_call(fields, request.headers, service.config, info, service.names)
         messages = read_messages(fields)
 
         async def prompts(to: Addressee) -> list[_Prompt]:

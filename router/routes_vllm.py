@@ -1,7 +1,8 @@
 """POST /v1/load_lora_adapter and /v1/unload_lora_adapter, as vLLM has them.
 
-`lora_name` becomes an alias of the adapter at `lora_path`: a folder under the adapter root, or a
-hub id. `adapter_source`, `revision` and `api_token` may be given as for /v1/adapters.
+`lora_name` becomes an alias of the adapter at `lora_path`: a folder under the adapter root, by its
+absolute path or from the root on, or a hub id. `adapter_source`, `revision` and `api_token` may be
+given as for /v1/adapters.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from aiohttp import web
 from lorafleet.proto.messages import AdapterKey, Tier
 from lorafleet.router.adapter_calls import check_alias, read_key
 from lorafleet.router.admin import admin_only
-from lorafleet.router.aliases import Aliases
 from lorafleet.router.body import read_fields
 from lorafleet.router.errors import AdapterNotFound, BadRequest
 from lorafleet.router.fields import Fields
@@ -60,6 +60,6 @@ def _name(fields: Fields, service: Service) -> str:
 
 def _read_path(fields: Fields, service: Service) -> AdapterKey:
     path = fields.string("lora_path", "")
-    if path.startswith(("/", "./")) and not fields.has("adapter_source"):
+    if path.startswith(("/", "./", "../")) and not fields.has("adapter_source"):
         fields = fields.with_value("adapter_source", "local")
-    return read_key(fields, "lora_path", service.config, Aliases())
+    return read_key(fields, "lora_path", service.names.without_aliases())

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from lorafleet.proto.messages import AdapterKey, ShardInfo
 from lorafleet.router.adapter import AdapterHold, num_tokens
+from lorafleet.router.adapter_names import AdapterNames
 from lorafleet.router.aliases import Aliases
 from lorafleet.router.concurrency import Concurrency
 from lorafleet.router.config import RouterConfig
@@ -22,8 +23,7 @@ from lorafleet.router.errors import AdapterChanged, InvalidRequest
 from lorafleet.router.event_stream import KeepAlive
 from lorafleet.router.generation import Generation
 from lorafleet.router.metrics import Metrics
-from lorafleet.router.preload import configured_aliases
-from lorafleet.router.prompt import adapter_key
+from lorafleet.router.preload import configured_names
 from lorafleet.router.prompt_form import PromptForm
 from lorafleet.router.prompt_forms import PromptForms
 from lorafleet.router.request import GenerationRequest
@@ -61,7 +61,7 @@ class Service:
     concurrency: Concurrency
     keep_alive: KeepAlive
     metrics: Metrics
-    aliases: Aliases
+    names: AdapterNames
     started_at: int  # seconds since the epoch
 
     @classmethod
@@ -77,9 +77,14 @@ class Service:
             concurrency=Concurrency(config.max_concurrent_requests),
             keep_alive=KeepAlive(),
             metrics=metrics,
-            aliases=configured_aliases(config, info.model_id),
+            names=configured_names(config, info),
             started_at=int(time.time()),
         )
+
+    @property
+    def aliases(self) -> Aliases:
+        """Names that operators gave."""
+        return self.names.aliases
 
     async def is_known(self, key: AdapterKey) -> bool:
         """Whether an adapter is loaded, or on the shards' disks, for anybody."""
@@ -87,8 +92,10 @@ class Service:
 
     async def check_hides_nothing(self, field: str, alias: str, key: AdapterKey) -> None:
         """Raises InvalidRequest if a new alias of `key` were to take another adapter's name."""
-        hidden = adapter_key(self.config.adapter_source or "hub", alias)
-        if alias not in self.aliases and hidden != key and await self.is_known(hidden):
+        hidden = self.names.own(alias)
+        if alias in self.aliases or hidden in (None, key):
+            return
+        if await self.is_known(hidden):
             raise InvalidRequest(f"`{field}` {alias!r} is the name of an adapter", field)
 
     @asynccontextmanager

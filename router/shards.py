@@ -26,7 +26,8 @@ from lorafleet.router.errors import AdapterChanged, ShardLost
 from lorafleet.router.rank import Rank
 from lorafleet.router.tasks import all_of
 
-_RANK_FIELDS = {"rank", "tokenizer_json", "tokenizer_config_json"}  # may differ between ranks
+# What may differ between ranks.
+_RANK_FIELDS = {"rank", "tokenizer_json", "tokenizer_config_json", "adapter_roots"}
 
 
 class ShardGroup:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from lorafleet.cache.device_tier import ALIGNMENT, DeviceTier
+from lorafleet.cache.sources.local import root_paths
 from lorafleet.cache.store import AdapterStore
 from lorafleet.kernels.build import KernelBuildError, NvccMissing, library
 from lorafleet.proto.messages import ShardInfo
@@ -157,4 +158,5 @@ def _describe(
         tokenizer_config_json=tokenizer_config_json(directory),
         model_revision=getattr(decoder.config, "_commit_hash", None) or "",
         arena_alignment=ALIGNMENT,
+        adapter_roots=root_paths(config.adapter_root),
     )

@@ -74,6 +74,7 @@ class FakeConfig:
     arena_bytes: int = flag(1 << 20, "device bytes for adapters")
     host_bytes: int = flag(1 << 20, "host bytes for adapters")
     disk_bytes: int = flag(1 << 20, "disk bytes for downloaded adapters")
+    adapter_root: str = flag("/srv/adapters", "where it says local adapters are")
     step_seconds: float = flag(0.0, "time a step takes")
     echo: bool = flag(False, "repeat the prompt instead of the formula's tokens")
     eos_after: int = flag(0, "end sequences after this many generated tokens; 0 = never")
@@ -89,7 +90,7 @@ class FakeConfig:
             num_slots=self.num_slots, arena_bytes=self.arena_bytes, host_bytes=self.host_bytes,
             disk_bytes=self.disk_bytes, eos_token_ids=[EOS_ID], tokenizer_json=tokenizer_json(),
             tokenizer_config_json=tokenizer_config_json(), model_revision="",
-            arena_alignment=256,
+            arena_alignment=256, adapter_roots=list(filter(None, [self.adapter_root])),
         )  # fmt: skip
 
     def model(self) -> FakeModel:

@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("proto", "kernels", "cache", "router", "shard", "client", "deploy")
-LEDGERS = ("pages", "prefix", "slots", "layout", "errors", "recipe")
+LEDGERS = (
+    "pages", "prefix", "slots", "layout", "errors", "merging.recipe", "sources.local_id",
+)  # fmt: skip
 LAUNCHER = ("cli", "serve", "launch", "child", "screen", "banner", "resources")
 IMPORT_WITHOUT_TORCH = """
 import sys

@@ -7,21 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorafleet.cache.errors import AdapterNotFound, shown
+from lorafleet.cache.sources import local_id
 from lorafleet.cache.sources.source import Progress
 from lorafleet.cache.weight_files import CONFIG_FILE, is_adapter_file
 from lorafleet.proto.messages import AdapterKey
 
-SOURCE = "local"
+SOURCE = local_id.SOURCE
 
 _LIST_DEPTH = 2  # root/name and root/owner/name
 
 
 class LocalSource:
-    """`id` is a name under the root or a path inside it; there are no revisions and no tokens."""
+    """`id` is a path under the root (local_id.py); there are no revisions and no tokens."""
 
     def __init__(self, root: str) -> None:
         """An empty root refuses every adapter."""
-        self._root = Path(os.path.realpath(Path(root).expanduser())) if root else None
+        self._root = Path(_real(root)) if root else None
 
     def fetch(
         self, key: AdapterKey, api_token: str, progress: Progress, refresh: bool = False
@@ -34,7 +35,7 @@ class LocalSource:
                 f"The local adapter {shown(key.id)} has no revision {shown(key.revision)}: "
                 "local adapters have none."
             )
-        directory = self._inside(key.id)
+        directory = self._inside(key.id) if local_id.is_local_id(key.id) else None
         if directory is None or directory == self._root or not os.path.isdir(directory):
             raise AdapterNotFound(f"There is no local adapter {shown(key.id)}.")
         for name in filter(is_adapter_file, _names(directory)):
@@ -79,6 +80,21 @@ class LocalSource:
             return real if real.is_relative_to(self._root) else None
         except (OSError, ValueError, RuntimeError):
             return None
+
+
+def root_paths(root: str) -> list[str]:
+    """Absolute paths of the root: as the operator named it, and with every link followed."""
+    if not root:
+        return []
+    named, real = os.path.abspath(Path(root).expanduser()), _real(root)
+    # With a link in front of it, a ".." that is taken out would have led elsewhere.
+    paths = [path for path in (named, real) if os.path.realpath(path) == real]
+    # No request can name the others, nor the wire hold each.
+    return [path for path in dict.fromkeys(paths) if path.isprintable()]
+
+
+def _real(root: str) -> str:
+    return os.path.realpath(Path(root).expanduser())
 
 
 def _names(directory: Path) -> list[str]:

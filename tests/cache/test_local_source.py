@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorafleet.cache.errors import AdapterNotFound
-from lorafleet.cache.sources.local import LocalSource
+from lorafleet.cache.sources.local import LocalSource, root_paths
 from lorafleet.proto.messages import AdapterKey
 from tests.cache.adapter_cases import split_weights, write_adapter
 
@@ -25,12 +25,18 @@ def fetch(root: str | Path, name: str, revision: str = "") -> Path:
     return LocalSource(str(root)).fetch(AdapterKey("local", name, revision), "", print)
 
 
-def test_finds_names_paths_and_absolute_paths_inside(root: Path) -> None:
+def test_finds_names_and_paths_inside(root: Path) -> None:
     assert fetch(root, "plain") == root / "plain"
     assert fetch(root, "owner/nested") == root / "owner" / "nested"
     assert fetch(root, "plain/checkpoint-10") == root / "plain" / "checkpoint-10"
-    assert fetch(root, str(root / "plain")) == root / "plain"
-    assert fetch(root, "owner/../plain") == root / "plain"
+
+
+@pytest.mark.parametrize(
+    "name", ["plain/", "./plain", "owner//nested", "owner/./nested", "owner/../plain", "/{}/plain"]
+)
+def test_finds_nothing_by_a_second_spelling(root: Path, name: str) -> None:
+    with pytest.raises(AdapterNotFound):
+        fetch(root, name.format(root))
 
 
 @pytest.mark.parametrize(
@@ -69,6 +75,23 @@ def test_links_inside_the_root_are_followed(root: Path) -> None:
 def test_a_root_that_is_a_link_works(root: Path) -> None:
     (root.parent / "other").symlink_to(root)
     assert fetch(root.parent / "other", "plain") == root / "plain"
+
+
+def test_the_roots_paths_are_the_named_one_and_the_real_one(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = str(root.resolve())
+    (root.parent / "other").symlink_to(root)
+    (root / "out").symlink_to(root.parent / "secret")
+    monkeypatch.chdir(root.parent)
+    assert root_paths(real) == root_paths("root/") == root_paths("./secret/../root") == [real]
+    assert root_paths("other") == [f"{root.parent}/other", real]
+    assert root_paths("root/out/../root") == [real]  # root/root is another folder, or none
+    assert root_paths("") == []
+
+
+def test_a_root_that_no_request_can_name_has_no_paths(tmp_path: Path) -> None:
+    assert root_paths(f"{tmp_path}/\udcff") == []
 
 
 def test_without_a_root_everything_is_refused() -> None:

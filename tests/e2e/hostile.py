@@ -469,7 +469,8 @@ def local_folders(random: Random, good: Good, root: Path, count: int) -> list[Ho
 def local_ids(random: Random, count: int) -> list[Hostile]:
     """Names of what is not under the root, or no adapter."""
     ids = random.sample(_IDS, count)
-    return [Hostile("id", "local", name, "There is no local adapter|has no") for name in ids]
+    said = "There is no local adapter|has no|must be its folder's path"
+    return [Hostile("id", "local", name, said) for name in ids]
 
 
 def repositories(random: Random, good: Good, root: Path, count: int) -> list[Hostile]:

@@ -67,6 +67,9 @@ async def test_load_list_pin_alias_and_drop_while_running(
         assert (pinned["id"], pinned["pinned"]) == (first.adapter, "device")
         assert (pinned["tier"], pinned["aliases"]) == ("device", ["prod"])
         assert await ask(service, "prod", first.prompt, first.max_new_tokens) == first.answer
+        for spelling in (f"{made.adapter_root}/{first.adapter}", f"./{first.adapter}/"):
+            same = await run("load", spelling)
+            assert (same["id"], same["pinned"]) == (first.adapter, "device")
         await run("load", str(second.adapter), "--alias=prod")
         assert await ask(service, "prod", second.prompt, second.max_new_tokens) == second.answer
         assert (await asyncio.to_thread(command, "list", url, key="wrong"))[0] == 1
@@ -87,7 +90,7 @@ async def _drop_while_running(service: Service, run: Any, name: str) -> None:
         body = {"inputs": "a", "parameters": parameters}
         stream = await session.post("/generate_stream", json=body)
         await stream.content.readline()
-        dropping = asyncio.create_task(run("drop", name))
+        dropping = asyncio.create_task(run("drop", f"./{name}/"))
         frames = (await stream.content.read()).decode().split("\n\n")
         assert '"finish_reason"' in frames[-2] or '"generated_text":"' in frames[-2]
         assert sum("data:" in frame for frame in frames) >= 299, "the request ran to its end"

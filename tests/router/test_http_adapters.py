@@ -12,7 +12,7 @@ from aiohttp import ClientResponse
 from lorafleet.proto.messages import AdapterKey, Tier
 from lorafleet.router.admin import refusal_of
 from lorafleet.router.config import RouterConfig
-from lorafleet.router.preload import configured_aliases, preload
+from lorafleet.router.preload import configured_names, preload
 from tests.fake_model import FakeModel
 from tests.fakes import SECRET, FakeConfig
 from tests.router.http_service import Running, parse_frames, serving, until
@@ -257,6 +257,84 @@ async def test_vllms_routes() -> None:
         await service.json("/v1/unload_lora_adapter", {"lora_name": "sql"}, status=404)
 
 
+ROOT = FakeConfig().adapter_root
+SPELLINGS = (
+    "adapter-1/", "./adapter-1", "././/adapter-1/.", f"{ROOT}/adapter-1", f"{ROOT}//./adapter-1/",
+)  # fmt: skip
+
+
+async def test_a_folder_is_one_adapter_however_it_is_spelled() -> None:
+    async with serving() as service:
+        pinned = await service.json("/v1/adapters", {"adapter_id": "adapter-1", "pin": "device"})
+        for spelling in SPELLINGS:
+            body = {"inputs": "a", "parameters": {"adapter_id": spelling, "max_new_tokens": 1}}
+            response = await service.post("/generate", body)
+            assert response.headers["x-adapter-id"] == "adapter-1"
+            await service.json("/v1/completions", {"model": spelling, "prompt": "a"})
+            again = await service.json("/v1/adapters", {"adapter_id": spelling, "pin": "host"})
+            assert (again["id"], again["pinned"]) == ("adapter-1", "host")
+        held = await listed(service)
+        assert list(held) == ["adapter-1"]
+        assert held["adapter-1"]["requests"] == 2 * len(SPELLINGS)
+        assert held["adapter-1"]["digest"] == pinned["digest"]
+        assert {fetch.key.id for fetch in service.shard.fetches} == {"adapter-1"}
+        for spelling in (*SPELLINGS[:2], SPELLINGS[3], SPELLINGS[3].replace("/", "%2F")):
+            assert (await delete(service, f"/v1/adapters/{spelling}"))[0] == 200
+            assert await listed(service) == {}
+            await service.json("/v1/adapters", {"adapter_id": "adapter-1"})
+
+
+async def test_vllms_absolute_path_is_the_adapter_of_the_relative_id() -> None:
+    async with serving(adapter_source="hub") as service:
+        for name, path in (("one", f"{ROOT}/adapter-1/"), ("two", "./adapter-1")):
+            load = {"lora_name": name, "lora_path": path}
+            assert (await service.post("/v1/load_lora_adapter", load)).status == 200
+        held = await listed(service)
+        assert list(held) == ["adapter-1"]
+        assert (held["adapter-1"]["source"], held["adapter-1"]["aliases"]) == (
+            "local",
+            ["one", "two"],
+        )
+        for path in ("/elsewhere/adapter-1", f"{ROOT}/../adapters/adapter-1", "../adapter-1", ROOT):
+            load = {"lora_name": "x", "lora_path": path}
+            answer = await service.json("/v1/load_lora_adapter", load, status=422)
+            assert answer["error"]["param"] == "lora_path"
+            assert answer["error"]["message"] == (
+                "`lora_path`: the id of a local adapter must be its folder's path relative to "
+                '--adapter-root, without ".."; an absolute path must begin with the root\'s'
+            )
+
+
+async def test_the_operators_flags_spell_ids_as_requests_do() -> None:
+    spelled = (f"{ROOT}/adapter-0", "./adapter-0", "adapter-1/")
+    async with serving(adapter_aliases=(f"prod={ROOT}/adapter-1",)) as service:
+        config = RouterConfig(adapter_source="local", preloaded_adapter_ids=spelled)
+        await preload(service.engine, config)
+        held = await listed(service)
+        assert list(held) == ["adapter-0", "adapter-1"]
+        assert held["adapter-1"]["aliases"] == ["prod"]
+        bad = RouterConfig(adapter_source="local", preloaded_adapter_ids=("a/../adapter-0",))
+        with pytest.raises(ValueError, match=r"--preloaded-adapter-ids a/\.\./adapter-0: the id"):
+            await preload(service.engine, bad)
+
+
+async def test_ids_of_other_sources_are_left_as_they_are() -> None:
+    async with serving() as service:
+        for source, name in (
+            ("s3", "s3://b/a/../c/"),
+            ("http", "https://h/a//b/."),
+            ("hub", "./a"),
+        ):
+            body = {"adapter_id": name, "adapter_source": source}
+            await service.json("/v1/adapters", body, status=404)
+            assert service.shard.fetches[-1].key == AdapterKey(source, name)
+
+
+async def test_without_a_root_the_shards_say_so() -> None:
+    async with serving(FakeConfig(adapter_root="")) as service:
+        await service.json("/v1/adapters", {"adapter_id": f"{ROOT}/adapter-1"}, status=404)
+
+
 async def test_the_admin_key_guards_every_admin_route() -> None:
     async with serving(admin_api_key=ADMIN) as service:
         paths = [
@@ -335,12 +413,13 @@ async def test_aliases_of_the_flag_are_there_from_the_start_and_bad_ones_are_nam
         held = await listed(service)
         assert held["adapter-1"]["aliases"] == ["prod"]
         assert held["adapter=2"]["aliases"] == ["next"]
-        model_id = service.engine.info.model_id
+        info = service.engine.info
     for text, reason in (
         ("prod", "NAME=ADAPTER_ID"),
         ("prod=", "NAME=ADAPTER_ID"),
         ("=adapter-1", "printable"),
-        (f"{model_id}=adapter-1", "base model"),
+        (f"{info.model_id}=adapter-1", "base model"),
+        ("prod=../adapter-1", "relative to --adapter-root"),
     ):
         with pytest.raises(ValueError, match=f"--adapter-aliases {text}.*{reason}"):
-            configured_aliases(RouterConfig(adapter_aliases=(text,)), model_id)
+            configured_names(RouterConfig(adapter_source="local", adapter_aliases=(text,)), info)

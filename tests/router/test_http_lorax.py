@@ -421,6 +421,41 @@ async def test_bad_bodies(body: Any, said: str) -> None:
     assert answer["error"] == said
 
 
+MISPLACED: dict[str, Any] = {
+    "adapter_id": "pirate", "adapter_source": "hub", "api_token": "a", "merged_adapters": {},
+    "timeout": 0.01, "priority": 0, "max_new_tokens": 3, "stop": [], "seed": "any", "top_k": 2,
+    "temperature": 0, "do_sample": True, "best_of": 2, "details": False, "truncate": 1,
+    "return_full_text": True, "decoder_input_details": True, "return_k_alternatives": 1,
+    "ignore_eos_token": True, "repetition_penalty": 1, "watermark": False, "response_format": {},
+}  # fmt: skip
+
+
+async def test_a_parameter_beside_the_parameters_is_refused_not_ignored() -> None:
+    async with serving() as service:
+        for name, value in MISPLACED.items():
+            for path in ("/generate", "/generate_stream", "/"):
+                for beside in ({}, {"parameters": {"max_new_tokens": 1, name: None}}):
+                    body = {"inputs": "abc", name: value} | beside
+                    answer = await service.json(path, body, status=422)
+                    assert answer == {
+                        "error": f"`{name}` belongs in `parameters`",
+                        "error_type": "validation",
+                    }
+        # What is missing from the parameters since it is misplaced is not the error.
+        body = {"inputs": "abc", "do_sample": True, "parameters": {"best_of": 2}}
+        answer = await service.json("/generate", body, status=422)
+        assert answer["error"] == "`do_sample` belongs in `parameters`"
+        assert not service.shard.plans
+
+
+async def test_other_fields_beside_the_parameters_are_ignored() -> None:
+    others: dict[str, Any] = {"colour": "red", "model": "m", "timeout": None, "stream": False}
+    async with serving() as service:
+        body = {"inputs": "abc", "parameters": {"max_new_tokens": 3}} | others
+        assert await service.json("/generate", body) == {"generated_text": "abc"}
+        assert await service.json("/", body) == [{"generated_text": "abc"}]
+
+
 async def test_unknown_fields_and_nulls_are_ignored() -> None:
     async with serving() as service:
         answer = await service.generate(

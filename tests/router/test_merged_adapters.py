@@ -87,6 +87,26 @@ async def test_equal_recipes_have_one_id(options: dict[str, Any], recipe: str) -
         assert ids[-1] == KEY.id.replace("linear", recipe)
 
 
+async def test_members_and_recipes_have_one_spelling() -> None:
+    async with serving() as service:
+        ids = ["./adapter-1/", "/srv/adapters/adapter-2"]
+        assert (await fetched(service, merged_adapters=MERGE | {"ids": ids}))[-1] == KEY.id
+        text = f"linear(0.5*local:{ids[0]},1.0*local:{ids[1]})"
+        by_id = {"adapter_id": text, "adapter_source": "merged"}
+        assert await fetched(service, **by_id) == []
+        listed = await (await service.client.get("/v1/adapters")).json()
+        held = {adapter["id"] for adapter in listed["data"]}
+        assert held == {"adapter-1", "adapter-2", KEY.id}
+        said = ": the id of a local adapter must be its folder's path relative to --adapter-root"
+        for name, chosen in (
+            ("merged_adapters.ids", {"merged_adapters": MERGE | {"ids": ["adapter-1", "a/.."]}}),
+            ("adapter_id", by_id | {"adapter_id": text.replace("/srv", "/elsewhere")}),
+        ):
+            body = {"inputs": "a", "parameters": chosen}
+            answer = await service.json("/generate", body, status=422)
+            assert answer["error"].startswith(f"`{name}`{said}")
+
+
 async def test_a_revision_and_an_alias_name_members() -> None:
     async with serving() as service:
         await service.json("/v1/adapters", {"adapter_id": "adapter-1", "alias": "one"})
