@@ -6,15 +6,19 @@ import hmac
 from collections.abc import Mapping
 from functools import wraps
 from ipaddress import IPv6Address, ip_address
+from urllib.parse import urlsplit
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler
 
 from lorafleet.router.errors import AdminForbidden, AdminUnauthorized, RequestError
 from lorafleet.router.service import SERVICE
 
 # A proxy on this machine makes everybody a local caller, and a browser acts for any web page.
-_NOT_FROM_HERE = ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP", "Via", "Origin")
+_NOT_FROM_HERE = (
+    "Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP", "Via", "Origin", "Referer",
+    "Sec-Fetch-Site",
+)  # fmt: skip
 
 
 def admin_only(handler: Handler) -> Handler:
@@ -23,6 +27,8 @@ def admin_only(handler: Handler) -> Handler:
     @wraps(handler)
     async def checked(request: web.Request) -> web.StreamResponse:
         key = request.app[SERVICE].config.admin_api_key
+        if not key and request.version < HttpVersion11:  # nginx, which adds no header by itself
+            raise AdminForbidden()
         if error := refusal_of(key, request.remote, request.headers):
             raise error
         return await handler(request)
@@ -34,8 +40,19 @@ def refusal_of(key: str, remote: str | None, headers: Mapping[str, str]) -> Requ
     """Why a caller is refused, None if it may go on. `key` "" is a service without admin key."""
     if key:
         return None if _has_key(key, headers) else AdminUnauthorized()
-    is_local = _is_loopback(remote) and not any(name in headers for name in _NOT_FROM_HERE)
-    return None if is_local else AdminForbidden()
+    is_local = _is_loopback(remote) and _names_this_machine(headers.get("Host", ""))
+    if not is_local or any(name in headers for name in _NOT_FROM_HERE):
+        return AdminForbidden()
+    return None
+
+
+def _names_this_machine(host: str) -> bool:
+    """Whether a Host header has no name but this machine's own, which a web page cannot have."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    return name == "localhost" or _is_loopback(name)
 
 
 def _has_key(key: str, headers: Mapping[str, str]) -> bool:

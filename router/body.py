@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ from lorafleet.router.errors import InvalidRequest, RequestError
 from lorafleet.router.fields import Fields
 
 MAX_BODY_BYTES = 2 * 2**20
+BODY_SECONDS = 30.0  # for all of a body to come
 
 
 class MalformedBody(RequestError):
@@ -20,13 +22,25 @@ class MalformedBody(RequestError):
     error_type = "malformed"
 
 
+class BodyTimeout(RequestError):
+    """The body did not come."""
+
+    status = 408
+    error_type = "timeout"
+
+
 async def read_fields(request: web.Request) -> Fields:
     """The body's fields.
 
     Raises MalformedBody when it is not JSON (NaN and Infinity are not), InvalidRequest when it is
-    not an object, and aiohttp's HTTPRequestEntityTooLarge over MAX_BODY_BYTES.
+    not an object, BodyTimeout when it is not there after BODY_SECONDS, and aiohttp's
+    HTTPRequestEntityTooLarge over MAX_BODY_BYTES.
     """
-    body = await request.read()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            body = await request.read()
+    except TimeoutError:
+        raise BodyTimeout(f"the body did not come within {BODY_SECONDS:g} seconds") from None
     try:
         values = json.loads(body.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -56,7 +56,11 @@ class RouterConfig:
     metrics_max_adapters: int = flag(
         100, "busiest adapters that have metrics of their own; the others share one label, other"
     )
-    max_concurrent_requests: int = flag(1024, "requests in the service at once; more get 429")
+    max_concurrent_requests: int = flag(
+        1024,
+        "sequences of all requests in the service at once; more get 429. A request is one sequence "
+        "for each prompt, times n or best_of",
+    )
     max_waiting_per_adapter: int = flag(
         0,
         "requests of one adapter, or of the base model, that may wait for its fetch or for a row; "

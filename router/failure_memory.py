@@ -32,7 +32,9 @@ _UNREMEMBERED = ("local", recipe.SOURCE)
 
 @dataclass(slots=True)
 class _Failure:
-    error: AdapterError
+    # Not the error itself, whose frames hold its request's body and token.
+    kind: type[AdapterError]
+    sentence: str
     count: int  # in a row
     failed_at: float
     retry_at: float
@@ -65,9 +67,10 @@ class FailureMemory:
         if failure is None or now >= failure.retry_at:
             return
         left = ceil(failure.retry_at - now)
-        error = type(failure.error)(
-            f"{failure.error} (Remembered: this was found {now - failure.failed_at:.0f} s ago; it "
-            f"is tried again in {left} s.)"
+        past = now - failure.failed_at
+        error = failure.kind(
+            f"{failure.sentence} (Remembered: this was found {past:.0f} s ago; it is tried again "
+            f"in {left} s.)"
         )
         error.retry_after_seconds = left if isinstance(error, _PASSING) else 0
         raise error
@@ -102,7 +105,7 @@ class FailureMemory:
         is_in_a_row = last is not None and now < last.retry_at + self._max_seconds
         count = last.count + 1 if last is not None and is_in_a_row else 1
         seconds = min(_FIRST_SECONDS * 2 ** min(count - 1, 32), self._max_seconds)
-        self._failures[caller] = _Failure(error, count, now, now + seconds)
+        self._failures[caller] = _Failure(type(error), str(error), count, now, now + seconds)
         if len(self._failures) > _MAX_FAILURES:
             self._failures.popitem(last=False)
         if isinstance(error, _PASSING):

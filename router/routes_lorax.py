@@ -30,34 +30,41 @@ async def generate_compatible(request: web.Request) -> web.StreamResponse:
 
 async def _respond(request: web.Request, stream: bool | None) -> web.StreamResponse:
     service, clock = request.app[SERVICE], Clock.start()
-    with service.concurrency.enter():
-        body = await read_fields(request)
-        info = service.engine.info
+    with service.concurrency.arrive():
+        body, info = await read_fields(request), service.engine.info
         call = read_call(body, request.headers, service.config, info, service.names, stream)
-        async with AsyncExitStack() as stack:
-            async with service.addressed(call.adapter, call.api_token, call.deadline) as to:
-                prompt_ids = await to.tokenizer.encode(call.inputs)
-                eos = to.form.eos_token_ids
-                requests = call.requests(prompt_ids, eos, service.config, info)
-                clock.validated(to.hold.seconds)
-                sequences = await _start(service, stack, call, requests, to, clock)
-            answer = Answer(
-                request=request,
-                clock=clock,
-                prompt_tokens=len(requests[0].prompt_ids),
-                adapter=call.adapter,
-                headers=served_by(info.model_id, call.adapter),
-                generations=[sequence.generation for sequence in sequences],
-                completions=[sequence.completion for sequence in sequences],
+        with service.concurrency.enter(call.best_of, "best_of"):
+            return await _answer(request, call, clock, as_list=stream is None)
+
+
+async def _answer(
+    request: web.Request, call: LoraxCall, clock: Clock, *, as_list: bool
+) -> web.StreamResponse:
+    service = request.app[SERVICE]
+    info = service.engine.info
+    async with AsyncExitStack() as stack:
+        async with service.addressed(call.adapter, call.api_token, call.deadline) as to:
+            prompt_ids = await to.tokenizer.encode(call.inputs)
+            requests = call.requests(prompt_ids, to.form.eos_token_ids, service.config, info)
+            clock.validated(to.hold.seconds)
+            sequences = await _start(service, stack, call, requests, to, clock)
+        answer = Answer(
+            request=request,
+            clock=clock,
+            prompt_tokens=len(requests[0].prompt_ids),
+            adapter=call.adapter,
+            headers=served_by(info.model_id, call.adapter),
+            generations=[sequence.generation for sequence in sequences],
+            completions=[sequence.completion for sequence in sequences],
+        )
+        writer = LoraxWriter(call, to.tokenizer)
+        if call.stream:
+            return await answer.stream(
+                lambda index, token: writer.frame(token, sequences[index]), ending=bytes
             )
-            writer = LoraxWriter(call, to.tokenizer)
-            if call.stream:
-                return await answer.stream(
-                    lambda index, token: writer.frame(token, sequences[index]), ending=bytes
-                )
-            if stream is None:
-                return await answer.whole(lambda: [writer.response(sequences)])
-            return await answer.whole(lambda: writer.response(sequences))
+        if as_list:
+            return await answer.whole(lambda: [writer.response(sequences)])
+        return await answer.whole(lambda: writer.response(sequences))
 
 
 async def _start(

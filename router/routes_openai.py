@@ -30,14 +30,14 @@ from lorafleet.router.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class _Prompt:
-    text: str
+    text: str | None  # None: that of the ids
     ids: list[int]
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions."""
     service, clock = request.app[SERVICE], Clock.start()
-    with service.concurrency.enter():
+    with service.concurrency.arrive():
         fields = await read_fields(request)
         config, info = service.config, service.engine.info
         call = read_completion_call(fields, request.headers, config, info, service.names)
@@ -45,18 +45,19 @@ async def completions(request: web.Request) -> web.StreamResponse:
         given = read_prompts(fields, config.max_concurrent_requests)
 
         async def prompts(to: Addressee) -> list[_Prompt]:
-            return [await _prompt(to, prompt) for prompt in given]
+            return [await _prompt(to, prompt, echo) for prompt in given]
 
         def writer(tokenizer: Tokenizer) -> OpenAiWriter:
             return CompletionWriter(call, tokenizer, echo=echo)
 
-        return await _respond(request, clock, call, writer, prompts, "prompt")
+        with service.concurrency.enter(len(given) * call.best_of, "prompt"):
+            return await _respond(request, clock, call, writer, prompts, "prompt")
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions."""
     service, clock = request.app[SERVICE], Clock.start()
-    with service.concurrency.enter():
+    with service.concurrency.arrive():
         fields = await read_fields(request)
         info = service.engine.info
         call = read_chat_call(fields, request.headers, service.config, info, service.names)
@@ -66,13 +67,16 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
             text = check_string("messages", await to.form.render(messages))
             return [_Prompt(text, await to.tokenizer.encode(text, add_special_tokens=False))]
 
-        return await _respond(request, clock, call, partial(ChatWriter, call), prompts, "messages")
+        writer = partial(ChatWriter, call)
+        with service.concurrency.enter(call.best_of, "n"):
+            return await _respond(request, clock, call, writer, prompts, "messages")
 
 
 async def models(request: web.Request) -> web.Response:
     """GET /v1/models: the base model, every adapter the shards know, and every alias.
 
-    Merged adapters are not among them: they are known by what asked for them.
+    Merged adapters are not among them: they are known by what asked for them. Nor are those that
+    not everybody may use, and their aliases do not tell what they stand for.
     """
     service = request.app[SERVICE]
     info = service.engine.info
@@ -87,19 +91,22 @@ async def models(request: web.Request) -> web.Response:
         for adapter in await service.engine.adapters()
         if adapter.key.source != recipe.SOURCE
     ]
+    public = {adapter["id"] for adapter in adapters}
     aliases = [
-        card | {"id": name, "root": str(key), "parent": info.model_id} | {"source": key.source}
+        card
+        | {"id": name, "root": str(key) if str(key) in public else name}
+        | {"parent": info.model_id, "source": key.source}
         for name, key in service.aliases
     ]
     data = [card | {"id": info.model_id} | base, *adapters, *aliases]
     return web.json_response({"object": "list", "data": data})
 
 
-async def _prompt(to: Addressee, given: str | list[int]) -> _Prompt:
+async def _prompt(to: Addressee, given: str | list[int], echo: bool) -> _Prompt:
     if isinstance(given, str):
         return _Prompt(given, await to.tokenizer.encode(given))
     check_token_ids(given, to.num_tokens)
-    return _Prompt(to.tokenizer.decode(given), given)
+    return _Prompt(None if echo else "", given)
 
 
 async def _respond(
@@ -121,7 +128,7 @@ async def _respond(
             choices = [
                 Choice(
                     index=0,
-                    prompt_text=prompt.text,
+                    prompt_text=_text(prompt, to.tokenizer),
                     request=one,
                     generation=await service.start(stack, one, to),
                     completion=service.completion(
@@ -149,6 +156,11 @@ async def _respond(
                 lambda: writer.ending(_usage(answer)),
             )
         return await answer.whole(lambda: writer.response(_best(choices, call), _usage(answer)))
+
+
+def _text(prompt: _Prompt, tokenizer: Tokenizer) -> str:
+    """Of a prompt that is known to fit: decoding takes its time."""
+    return tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text
 
 
 def _usage(answer: Answer) -> Usage:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from lorafleet.router.body import read_fields
-from lorafleet.router.fields import check_string
+from lorafleet.router.body import read_fields, to_json
+from lorafleet.router.fields import check_string, refusal
 from lorafleet.router.prompt import max_prompt_tokens, max_total_tokens
 from lorafleet.router.service import SERVICE
+from lorafleet.router.tokenizer import Span
+
+_MAX_CHARACTERS = 1 << 18  # that /tokenize takes, or _CHARACTERS_A_TOKEN of the longest sequence
+_CHARACTERS_A_TOKEN = 16
 
 
 async def info(request: web.Request) -> web.Response:
@@ -58,15 +63,25 @@ async def metrics(request: web.Request) -> web.Response:
 
 async def tokenize(request: web.Request) -> web.Response:
     """POST /tokenize: the tokens of `inputs` and the characters each stands for."""
-    fields = await read_fields(request)
-    inputs = check_string("inputs", fields.required("inputs"))
-    special = fields.boolean("add_special_tokens", True)
-    spans = await request.app[SERVICE].forms.base.tokenizer.spans(
-        inputs, add_special_tokens=special
-    )
-    return web.json_response(
-        [
-            {"id": id, "text": inputs[start:stop], "start": start, "stop": stop}
-            for id, start, stop in spans
-        ]
-    )
+    service = request.app[SERVICE]
+    with service.concurrency.arrive():
+        fields = await read_fields(request)
+        inputs = check_string("inputs", fields.required("inputs"))
+        longest = max(_MAX_CHARACTERS, _CHARACTERS_A_TOKEN * max_total_tokens(service.engine.info))
+        if len(inputs) > longest:
+            raise refusal("inputs", f"at most {longest} characters", f"{len(inputs)} characters")
+        special = fields.boolean("add_special_tokens", True)
+        tokenizer = service.forms.base.tokenizer
+        with service.concurrency.enter():
+            spans = await tokenizer.spans(inputs, add_special_tokens=special)
+            text = await tokenizer.in_thread(_show, inputs, spans)
+    return web.Response(text=text, content_type="application/json")
+
+
+def _show(inputs: str, spans: list[Span]) -> str:
+    return to_json([_token(inputs, span) for span in spans])
+
+
+def _token(inputs: str, span: Span) -> dict[str, Any]:
+    text = inputs[span.start : span.stop]
+    return {"id": span.id, "text": text, "start": span.start, "stop": span.stop}

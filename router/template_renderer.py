@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
+from hashlib import sha256
 from typing import Any
 
 from lorafleet.router.chat import TemplateFailed
@@ -14,26 +16,35 @@ from lorafleet.router.template_process import LENGTH_BYTES
 
 _COMMAND = (sys.executable, "-P", "-m", "lorafleet.router.template_process")
 _SECONDS = 5.0  # for one rendering; templates take milliseconds
+_REST_SECONDS = 60.0  # in which a template that took longer is not tried again
 
 
 class TemplateRenderer:
-    """Owns the processes, which are started when they are first needed and used again."""
+    """Owns the processes, which are started when they are first needed and used again.
+
+    A template that takes too long would keep the others waiting with each request for it, so it is
+    refused for a while.
+    """
 
     def __init__(self, num_processes: int, seconds: float = _SECONDS) -> None:
         self._seconds = seconds
         self._places = asyncio.Semaphore(num_processes)
         self._idle: list[Process] = []
+        self._resting: dict[bytes, float] = {}  # until when, by digest; those that rest now
 
     async def render(self, config: dict[str, Any], messages: list[dict[str, Any]]) -> str:
         """The prompt by a tokenizer configuration's template. Raises TemplateFailed."""
+        digest = sha256(json.dumps(config).encode()).digest()
         data = json.dumps({"config": config, "messages": messages}).encode()
         async with self._places:
+            self._check_rests_not(digest)
             process = self._idle.pop() if self._idle else await _start()
             try:
                 async with asyncio.timeout(self._seconds):
                     answer = await _ask(process, data)
             except TimeoutError:
                 await _kill(process)
+                self._resting[digest] = time.monotonic() + _REST_SECONDS
                 raise _failed(f"the chat template takes more than {self._seconds:g} s") from None
             except (asyncio.IncompleteReadError, ConnectionError):
                 await _kill(process)
@@ -45,6 +56,12 @@ class TemplateRenderer:
         if "error" in answer:
             raise _failed(answer["error"])
         return answer["text"]
+
+    def _check_rests_not(self, digest: bytes) -> None:
+        now = time.monotonic()
+        self._resting = {d: until for d, until in self._resting.items() if until > now}
+        if digest in self._resting:
+            raise _failed(f"the chat template took more than {self._seconds:g} s a short time ago")
 
     async def close(self) -> None:
         """Ends the processes that rest; the others end with the requests they work for."""

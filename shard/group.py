@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 
@@ -17,6 +19,8 @@ class Group:
         self.rank, self.size = rank, size
         if size > 1:
             backend = "nccl" if device.type == "cuda" else "gloo"
+            if init_method.startswith("file://"):  # all on this machine: no other may connect
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size)
 
     def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:

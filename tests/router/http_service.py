@@ -81,3 +81,14 @@ async def serving(
         if not engine.failed.is_set():
             engine.check()
         await engine.close()
+
+
+async def sent(service: Running, text: str) -> str:
+    """The first line of the answer to what no client library sends."""
+    server = service.client.server
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    try:
+        writer.write(text.encode())
+        return (await asyncio.wait_for(reader.readline(), 60)).decode()
+    finally:
+        writer.close()

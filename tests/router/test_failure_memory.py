@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import suppress
+
 import pytest
 
 from lorafleet.proto.messages import AdapterKey
@@ -20,6 +24,25 @@ from lorafleet.router.errors import (
 from lorafleet.router.failure_memory import FailureMemory
 
 KEY = AdapterKey("hub", "owner/adapter")
+
+
+class Body:
+    """What a request holds while it is answered."""
+
+
+def test_nothing_of_the_request_is_kept() -> None:
+    memory = FailureMemory()
+
+    def ask() -> weakref.ref[Body]:
+        body = Body()
+        with suppress(AdapterNotFound), memory.watch(KEY, "token"):
+            raise AdapterNotFound("No such adapter.")
+        return weakref.ref(body)
+
+    asked = ask()
+    gc.collect()
+    assert len(memory) == 1
+    assert asked() is None
 
 
 class World:

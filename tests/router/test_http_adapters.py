@@ -15,7 +15,7 @@ from lorafleet.router.config import RouterConfig
 from lorafleet.router.preload import configured_names, preload
 from tests.fake_model import FakeModel
 from tests.fakes import SECRET, FakeConfig
-from tests.router.http_service import Running, parse_frames, serving, until
+from tests.router.http_service import Running, parse_frames, sent, serving, until
 
 BYTES = 4096  # of adapter-0, -3, -6, ...; adapter-1, -4, ... take twice, adapter-2, -5, ... thrice
 ADMIN = "key-of-the-admin"
@@ -362,13 +362,29 @@ async def test_the_admin_key_guards_every_admin_route() -> None:
         (None, {}, False),
         ("127.0.0.1", {"X-Forwarded-For": "10.0.0.1"}, False),
         ("127.0.0.1", {"Origin": "https://evil.example"}, False),
+        ("127.0.0.1", {"Sec-Fetch-Site": "same-origin"}, False),
+        ("127.0.0.1", {"Host": "localhost"}, True),
+        ("::1", {"Host": "[::1]:3000"}, True),
+        ("127.0.0.1", {"Host": "evil.example:3000"}, False),  # whose address is this machine's now
+        ("127.0.0.1", {"Host": "[::1"}, False),
+        ("127.0.0.1", {"Host": ""}, False),
     ],
 )
 def test_without_a_key_only_this_machine_manages(
     remote: str | None, headers: dict[str, str], is_let_in: bool
 ) -> None:
+    headers = {"Host": "127.0.0.1:3000"} | headers
     assert (refusal_of("", remote, headers) is None) == is_let_in
     assert refusal_of("key", remote, headers) is not None
+
+
+async def test_a_proxy_that_adds_no_header_speaks_an_old_http() -> None:
+    async with serving() as service:
+        answers = [
+            await sent(service, f"GET /v1/adapters HTTP/{version}\r\nHost: localhost\r\n\r\n")
+            for version in ("1.0", "1.1")
+        ]
+    assert [answer.split()[1] for answer in answers] == ["403", "200"]
 
 
 async def test_no_token_is_told_anywhere(caplog: pytest.LogCaptureFixture) -> None:
@@ -387,6 +403,7 @@ async def test_no_token_is_told_anywhere(caplog: pytest.LogCaptureFixture) -> No
         got = [await service.client.get(path, headers=headers) for path in pages]
         texts += [await page.text() for page in got]
     texts += [caplog.text, repr(RouterConfig(admin_api_key=ADMIN))]
+    assert "private-1" not in texts[4], "the alias tells no stranger what it stands for"
     assert "private-1" in texts[5]
     for text in texts:
         assert not any(token in text for token in (SECRET, "hf_other", ADMIN)), text

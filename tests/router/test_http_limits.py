@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from aiohttp import ClientResponse
 
+from lorafleet.router.service import SERVICE
 from tests.fake_model import FIRST_TEXT_ID
 from tests.fakes import FakeConfig
-from tests.router.http_service import Running, parse_frames, serving, until
+from tests.router.http_service import Running, parse_frames, sent, serving, until
 
 BODY = {"inputs": "hello", "parameters": {"max_new_tokens": 1000}}
 CHAT = {"model": "", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1000}
@@ -96,6 +97,47 @@ async def test_requests_over_the_limit_get_429() -> None:
         for response in await asyncio.gather(*held):
             assert response.status == 200
         assert (await service.post("/generate", BODY)).status == 200, "there is room again"
+
+
+async def test_a_body_that_does_not_come_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorafleet.router.body.BODY_SECONDS", 1.0)
+    async with serving(max_concurrent_requests=1) as service:
+        head = "POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{"
+        slow = [asyncio.create_task(sent(service, head)) for _ in range(3)]
+        concurrency = service.client.app[SERVICE].concurrency
+        await until(lambda: concurrency.num_requests == 3)
+        assert (await service.post("/generate", {"inputs": "a"})).status == 200
+        assert {(await answer).split()[1] for answer in slow} == {"408"}
+
+
+async def test_every_sequence_of_a_request_counts() -> None:
+    async with serving(max_concurrent_requests=7) as service:
+        body = {"model": "", "prompt": ["a", "b"], "n": 2, "temperature": 1.0, "max_tokens": 2}
+        service.shard.steps.close()
+        held = asyncio.create_task(service.json("/v1/completions", body))
+        await until(lambda: in_service(service) == 4)
+        assert (await service.post("/v1/completions", body)).status == 429
+        service.shard.steps.open()
+        assert len((await held)["choices"]) == 4
+        too_many = await service.json("/v1/completions", body | {"prompt": ["a"] * 4}, status=422)
+        assert too_many["error"]["param"] == "prompt"
+        assert "makes 8 sequences; the service takes 7" in too_many["error"]["message"]
+        assert len((await service.json("/v1/completions", body))["choices"]) == 4
+
+
+async def test_ids_over_the_limit_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(max_input_length=8) as service:
+        monkeypatch.delattr("lorafleet.router.tokenizer.Tokenizer.decode")
+        body = {"model": "", "prompt": [FIRST_TEXT_ID] * 9, "echo": True}
+        answer = await service.json("/v1/completions", body, status=422)
+    assert "at most 8 tokens, got 9" in answer["error"]["message"]
+
+
+async def test_a_text_too_long_to_tokenize_is_422() -> None:
+    async with serving() as service:
+        answer = await service.json("/tokenize", {"inputs": "a" * (2**18 + 1)}, status=422)
+        assert answer["error"].startswith("`inputs` must be at most 262144 characters")
+        assert len(await service.json("/tokenize", {"inputs": "ab"})) == 2
 
 
 @pytest.mark.parametrize(("path", "body"), STREAMS)

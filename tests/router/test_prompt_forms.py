@@ -202,6 +202,20 @@ async def test_a_hostile_template_harms_nobody(template: str) -> None:
         assert answer["choices"][0]["message"]["content"] == "ok "
 
 
+async def test_a_template_that_took_too_long_keeps_nobody_waiting_again() -> None:
+    async with serving(FakeConfig(echo=True)) as service:
+        renderer = service.client.app[SERVICE].forms._renderer
+        renderer._seconds = 1.0
+        endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+        name = ship(service, 1, files("a", chat_template=endless))
+        said = [
+            (await service.json("/v1/chat/completions", CHAT | {"model": name}, status=422))
+            for _ in range(2)
+        ]
+    assert "takes more than 1 s" in said[0]["error"]["message"]
+    assert "a short time ago" in said[1]["error"]["message"]
+
+
 async def test_a_template_sees_nothing_of_the_services_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
