@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import ArgumentParser
 from dataclasses import fields
 
 import pytest
 
 from lorafleet.deploy.cli import main
-from lorafleet.deploy.serve import SET_BY_LAUNCHER
+from lorafleet.deploy.serve import SET_BY_LAUNCHER, add_flags, configs
 from lorafleet.router.config import RouterConfig
 from lorafleet.shard.config import ShardConfig
 
@@ -46,6 +47,18 @@ def test_the_admin_key_is_not_shown_by_help(monkeypatch: pytest.MonkeyPatch) -> 
 def test_adapters_without_a_server_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapters", "list", "--url", "http://127.0.0.1:1"]) == 2
     assert "127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_the_machines_own_name_is_not_where_to_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOSTNAME", "container-1")
+    monkeypatch.delenv("LORAFLEET_HOSTNAME", raising=False)
+    parser = ArgumentParser()
+    add_flags(parser)
+    assert configs(parser.parse_args(["--model-id=m"]))[1].hostname == "0.0.0.0"
+    monkeypatch.setenv("LORAFLEET_HOSTNAME", "127.0.0.1")
+    parser = ArgumentParser()
+    add_flags(parser)
+    assert configs(parser.parse_args(["--model-id=m"]))[1].hostname == "127.0.0.1"
 
 
 def test_version() -> None:
