@@ -38,7 +38,7 @@ class Screen:
             return
         if self._bar is None:
             self._bar = _bar(self._console)
-            self._bar.add_task("weights")
+            self._bar.add_task("weights", total=total_bytes, completed=done_bytes)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=done_bytes, total=total_bytes)
 
