@@ -16,6 +16,7 @@ from lorafleet.deploy.adapters import report
 from lorafleet.deploy.adapters.client import ServerRefused, call
 from lorafleet.deploy.output import Output
 from lorafleet.deploy.server_url import DEFAULT_URL, VARIABLE, server_url, what_failed
+from lorafleet.shard.model_folder import check_path
 
 _SOURCES = ("local", "hub", "s3", "http")
 
@@ -91,6 +92,7 @@ def _drop(args: Namespace) -> int:
 
 
 def _check(args: Namespace) -> int:
+    check_path(args.model_id)
     from lorafleet.deploy.adapters.check import check_folders  # brings torch
 
     verdicts = check_folders(

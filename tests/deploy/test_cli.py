@@ -72,6 +72,15 @@ def test_an_address_without_a_scheme_is_refused(
         assert f"{complaint}, got 'localhost:8123'" in capsys.readouterr().err
 
 
+def test_a_model_that_is_no_directory_is_told_before_torch_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lorafleet.deploy.adapters.check", None)
+    assert main(["adapters", "check", "./my-adapter", "--model-id", "./my-model"]) == 2
+    sentence = "--model-id ./my-model is not a directory"
+    assert capsys.readouterr().err == f"lorafleet adapters: error: {sentence}\n"
+
+
 def test_adapters_have_four_sources(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["adapters", "load", "json", "--source=carrier-pigeon"])
