@@ -108,7 +108,11 @@ def from_flags(config: type[T], args: argparse.Namespace, **overrides: Any) -> T
         if hasattr(args, f.name):
             value = getattr(args, f.name)
             values[f.name] = tuple(value) if isinstance(value, list) else value
-    return config(**(values | overrides))
+    values |= overrides
+    try:
+        return config(**values)
+    except ValueError as error:
+        raise ValueError(f"{error}{_source(config, str(error), values)}") from error
 
 
 def to_flags(config: Any) -> list[str]:
@@ -167,6 +171,15 @@ class _FromEnvironment(str):
     """A default that is still to be read, and where it came from."""
 
     variable = ""
+
+
+def _source(config: Any, error: str, values: dict[str, Any]) -> str:
+    """Names the variable that has the value of the flag an error is about; empty if none does."""
+    for f in fields(config):
+        if error.startswith(f"{_flag_name(f)} ") and f.name in values:
+            is_variables = os.environ.get(_variable(f)) == str(values[f.name])
+            return f" (environment variable {_variable(f)})" if is_variables else ""
+    return ""
 
 
 def _reader(kind: Any, choices: tuple[str, ...]) -> Callable[[str], Any]:

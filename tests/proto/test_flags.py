@@ -161,6 +161,14 @@ def test_out_of_range_names_flag_and_range() -> None:
         parse("--num-gears=12")
 
 
+def test_out_of_range_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUM_GEARS", "12")
+    with pytest.raises(ValueError, match=r"got 12 \(environment variable NUM_GEARS\)$"):
+        parse()
+    with pytest.raises(ValueError, match=r"got 13$"):
+        parse("--num-gears=13")
+
+
 def test_required_and_choices_exit_with_usage(capsys: pytest.CaptureFixture[str]) -> None:
     parser = ArgumentParser()
     add_flags(parser, Needed)
