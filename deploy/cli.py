@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from argparse import SUPPRESS, Action, ArgumentParser, _SubParsersAction
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
+
+from lorafleet.deploy.output import leave
 
 # A command's module has add_flags(parser) and run(args) -> exit code.
 COMMANDS = {
@@ -23,15 +23,14 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code, 141 when nobody reads its output any more."""
+    """Runs a command; returns its exit code. Leaves with 141 when nobody reads its output."""
     try:
         try:
             return _run(sys.argv[1:] if argv is None else list(argv))
         finally:
             print(end="", flush=True)  # while a broken pipe can be caught
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return 128 + signal.SIGPIPE  # what a shell says of a program that the signal ended
+        leave()
 
 
 def _run(argv: list[str]) -> int:

@@ -12,6 +12,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from lorafleet.deploy.output import Output
+
 PLAIN_STEPS = 4  # without a terminal, progress is this many lines
 
 
@@ -19,7 +21,7 @@ class Screen:
     """Standard error: a progress bar on a terminal, plain lines anywhere else."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, soft_wrap=True)
+        self._console = console or Output(stderr=True, soft_wrap=True)
         self._bar: Progress | None = None
         self._steps = 0
 

@@ -88,6 +88,14 @@ def test_what_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path, port: in
         assert_clean(launcher)
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_leaves_stops_it_quietly(tmp_path: Path, port: int, stream: str) -> None:
+    with Launcher(tmp_path, *flags(port), without_reader=stream) as launcher:
+        assert launcher.wait() == 141
+        assert_clean(launcher)
+    assert "Traceback" not in launcher.errors
+
+
 def test_a_dead_shard_takes_the_service_down(tmp_path: Path, port: int) -> None:
     with Launcher(tmp_path, *flags(port)) as launcher:
         launcher.wait_for_banner()
