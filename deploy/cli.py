@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
+from lorafleet.deploy.output import leave
+
 # A command's module has add_flags(parser) and run(args) -> exit code.
 COMMANDS = {
     "serve": ("serve a base model and its adapters on this machine", "lorafleet.deploy.serve"),
@@ -21,8 +23,17 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """Runs a command; returns its exit code. Leaves with 141 when nobody reads its output."""
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            print(end="", flush=True)  # while a broken pipe can be caught
+    except BrokenPipeError:
+        leave()
+
+
+def _run(argv: list[str]) -> int:
     parser = _parser()
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (summary, module) in COMMANDS.items():

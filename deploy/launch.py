@@ -13,6 +13,7 @@ from typing import Any
 
 from lorafleet.deploy.banner import banner
 from lorafleet.deploy.child import Child, how_it_ended
+from lorafleet.deploy.output import leave
 from lorafleet.deploy.resources import rank_environments
 from lorafleet.deploy.screen import Screen
 from lorafleet.proto.flags import secrets_of, to_flags
@@ -49,7 +50,8 @@ class Launch:
     async def run(self) -> int:
         """Serves until SIGINT or SIGTERM (returns 0) or until a process dies (returns 1).
 
-        Raises ValueError when this machine lacks the devices that the configs ask for.
+        Raises ValueError when this machine lacks the devices that the configs ask for, SystemExit,
+        once all is stopped, when nobody reads what it prints any more.
         """
         environments = rank_environments(self.shard_config.num_shard, self.shard_config.device)
         self._take_signals()
@@ -106,7 +108,10 @@ class Launch:
     def _show_banner(self) -> None:
         info = self._ready["shard 0"]["info"]
         url = self._ready["router"]["url"]
-        print(banner(info, self.shard_config, self.router_config, url), flush=True)
+        try:
+            print(banner(info, self.shard_config, self.router_config, url), flush=True)
+        except BrokenPipeError:
+            leave()
 
     async def _watch(self) -> int:
         exits = {child.exited: child for child in self._children()}

@@ -12,6 +12,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from lorafleet.deploy.output import Output
+
 PLAIN_STEPS = 4  # without a terminal, progress is this many lines
 
 
@@ -19,7 +21,7 @@ class Screen:
     """Standard error: a progress bar on a terminal, plain lines anywhere else."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, soft_wrap=True)
+        self._console = console or Output(stderr=True, soft_wrap=True)
         self._bar: Progress | None = None
         self._steps = 0
 
@@ -38,7 +40,7 @@ class Screen:
             return
         if self._bar is None:
             self._bar = _bar(self._console)
-            self._bar.add_task("weights")
+            self._bar.add_task("weights", total=total_bytes, completed=done_bytes)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=done_bytes, total=total_bytes)
 

@@ -14,6 +14,7 @@ from lorafleet.proto.flags import add_flags as add_config_flags
 from lorafleet.proto.flags import from_flags
 from lorafleet.router.config import RouterConfig
 from lorafleet.shard.config import ShardConfig
+from lorafleet.shard.model_folder import check_model
 
 SET_BY_LAUNCHER = ("rank", "listen", "rendezvous", "shards")
 
@@ -28,6 +29,7 @@ def run(args: Namespace, programs: Programs | None = None) -> int:
     try:
         shard, router = configs(args)
         check_adapter_root(shard.adapter_root)
+        check_model(shard.model_id, shard.num_shard)
         check_port_is_free(router.hostname, router.port)
         return asyncio.run(Launch(shard, router, programs or Programs()).run())
     except ValueError as error:
@@ -39,6 +41,9 @@ def configs(args: Namespace) -> tuple[ShardConfig, RouterConfig]:
     """Both configs, the default adapter source resolved. Raises ValueError naming the flag."""
     shard, router = from_flags(ShardConfig, args), from_flags(RouterConfig, args)
     source = router.adapter_source or ("local" if shard.adapter_root else "hub")
+    for name in ("adapter_source", "preloaded_adapter_source"):
+        if getattr(router, name) == "local" and not shard.adapter_root:
+            raise ValueError(f"--{name.replace('_', '-')} local needs --adapter-root")
     return shard, replace(router, adapter_source=source)
 
 

@@ -1,14 +1,15 @@
 """Frozen dataclass -> argparse -> instance: a flag, its variable, default and help in one place.
 
 A config field made with `flag(default, help)` becomes `--field-name` with environment variable
-`FIELD_NAME`; a flag given wins over the environment, which wins over the default.
+`FIELD_NAME`, or the one it names; a flag given wins over the environment, which wins over the
+default. An empty variable counts as not set.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -24,6 +25,19 @@ _SIZES = {
     "MB": 10**6,
     "GB": 10**9,
 }
+
+
+_BOOLS = {
+    "1": True,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
+}
+_KINDS: dict[Any, str] = {int: "a whole number", float: "a number"}
 
 
 class Bytes(int):
@@ -52,13 +66,21 @@ def flag(
     *,
     choices: Iterable[str] = (),
     short: str = "",
+    variable: str = "",
     secret: bool = False,
 ) -> Any:
     """A config field that is also a command-line flag; without a default it is required.
 
-    A secret stays out of `repr`, of help and of the command lines we make: see `secrets_of`.
+    `variable` is for a flag whose own name others use: HOSTNAME is in every shell's environment. A
+    secret stays out of `repr`, of help and of the command lines we make: see `secrets_of`.
     """
-    metadata = {"help": help, "choices": tuple(choices), "short": short, "secret": secret}
+    metadata = {
+        "help": help,
+        "choices": tuple(choices),
+        "short": short,
+        "variable": variable,
+        "secret": secret,
+    }
     if default is MISSING:
         return field(metadata=metadata, repr=not secret)
     return field(default=default, metadata=metadata, repr=not secret)
@@ -86,7 +108,11 @@ def from_flags(config: type[T], args: argparse.Namespace, **overrides: Any) -> T
         if hasattr(args, f.name):
             value = getattr(args, f.name)
             values[f.name] = tuple(value) if isinstance(value, list) else value
-    return config(**(values | overrides))
+    values |= overrides
+    try:
+        return config(**values)
+    except ValueError as error:
+        raise ValueError(f"{error}{_source(config, str(error), values)}") from error
 
 
 def to_flags(config: Any) -> list[str]:
@@ -108,7 +134,7 @@ def to_flags(config: Any) -> list[str]:
 def secrets_of(*configs: Any) -> dict[str, str]:
     """The environment variables that carry the configs' secrets, which `to_flags` leaves out."""
     return {
-        f.name.upper(): str(getattr(config, f.name))
+        _variable(f): str(getattr(config, f.name))
         for config in configs
         for f in fields(config)
         if f.metadata.get("secret")
@@ -116,30 +142,63 @@ def secrets_of(*configs: Any) -> dict[str, str]:
 
 
 def _add_flag(group: Any, f: Field[Any], hint: Any) -> None:
-    default, environ = f.default, os.environ.get(f.name.upper())
-    required = default is MISSING and environ is None
-    convert: Any = _as_bool if hint is bool else hint
+    default, environ = f.default, os.environ.get(_variable(f), "")
+    required = default is MISSING and not environ
     options: dict[str, Any] = {"dest": f.name, "required": required}
+    if environ:
+        default = _FromEnvironment(environ)
+        default.variable = _variable(f)
     if get_origin(hint) is tuple:
-        convert = get_args(hint)[0]
+        hint = get_args(hint)[0]
         options |= {"nargs": "*", "action": _Collect}
-        default = tuple(environ.split()) if environ is not None else default
-    elif environ is not None:
-        default = environ
+        default = tuple(environ.split()) if environ else default
     if hint is bool:
         options["action"] = argparse.BooleanOptionalAction
-        default = _as_bool(default)
     else:
-        options["type"] = convert
         options["choices"] = f.metadata["choices"] or None
     names = [_flag_name(f)] + ([f.metadata["short"]] if f.metadata["short"] else [])
     shown = "required" if required else f"default: {_shown(default)}"
     if f.metadata.get("secret") and default:
         shown = "default: set"
-    help = f"{f.metadata['help']} ({shown}; env {f.name.upper()})".replace("%", "%%")
-    group.add_argument(
+    help = f"{f.metadata['help']} ({shown}; env {_variable(f)})".replace("%", "%%")
+    action = group.add_argument(
         *names, help=help, default=None if default is MISSING else default, **options
     )
+    action.type = _reader(hint, f.metadata["choices"])  # of a bool's variable, too
+
+
+class _FromEnvironment(str):
+    """A default that is still to be read, and where it came from."""
+
+    variable = ""
+
+
+def _source(config: Any, error: str, values: dict[str, Any]) -> str:
+    """Names the variable that has the value of the flag an error is about; empty if none does."""
+    for f in fields(config):
+        if error.startswith(f"{_flag_name(f)} ") and f.name in values:
+            is_variables = os.environ.get(_variable(f)) == str(values[f.name])
+            return f" (environment variable {_variable(f)})" if is_variables else ""
+    return ""
+
+
+def _reader(kind: Any, choices: tuple[str, ...]) -> Callable[[str], Any]:
+    """Reads a flag's value, or its variable's, which argparse compares with no choices."""
+
+    def read(text: str) -> Any:
+        variable = text.variable if isinstance(text, _FromEnvironment) else ""
+        source = f" (environment variable {variable})" if variable else ""
+        try:
+            value = _as_bool(text) if kind is bool else kind(text)
+        except ValueError as error:
+            told = f"{text!r} is not {_KINDS[kind]}" if kind in _KINDS else str(error)
+            raise argparse.ArgumentTypeError(told + source) from error
+        if choices and value not in choices:
+            told = f"{text!r} is none of {', '.join(map(repr, choices))}"
+            raise argparse.ArgumentTypeError(told + source)
+        return value
+
+    return read
 
 
 class _Collect(argparse.Action):
@@ -157,12 +216,15 @@ def _flag_name(f: Field[Any], prefix: str = "") -> str:
     return f"--{prefix}{f.name.replace('_', '-')}"
 
 
-def _as_bool(value: Any) -> bool:
-    return (
-        value
-        if isinstance(value, bool)
-        else str(value).strip().lower() in ("1", "true", "yes", "on")
-    )
+def _variable(f: Field[Any]) -> str:
+    return f.metadata["variable"] or f.name.upper()
+
+
+def _as_bool(text: str) -> bool:
+    word = text.strip().lower()
+    if word not in _BOOLS:
+        raise ValueError(f"{text!r} is none of {', '.join(_BOOLS)}")
+    return _BOOLS[word]
 
 
 def _shown(default: Any) -> str:

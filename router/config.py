@@ -11,7 +11,7 @@ from lorafleet.proto.flags import check_range, flag
 class RouterConfig:
     """Router: HTTP, queues and scheduling."""
 
-    hostname: str = flag("0.0.0.0", "address to listen on")
+    hostname: str = flag("0.0.0.0", "address to listen on", variable="LORAFLEET_HOSTNAME")
     port: int = flag(3000, "port to listen on", short="-p")
     shards: tuple[str, ...] = flag(
         (),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from lorafleet.cache.device_tier import ALIGNMENT, DeviceTier
 from lorafleet.cache.sources.local import root_paths
@@ -24,6 +23,7 @@ from lorafleet.shard.group import Group
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.memory import MemoryPlan, plan_memory
 from lorafleet.shard.model import Decoder
+from lorafleet.shard.model_config import model_config
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.step_graphs import StepGraphs
 from lorafleet.shard.tokenizer import eos_token_ids, tokenizer_config_json, tokenizer_json
@@ -48,11 +48,11 @@ def load_shard(
 ) -> LoadedShard:
     """Loads this rank. Raises UnsupportedModel or BadCheckpoint, for the operator to read."""
     directory = locate(config.model_id, config.revision)
-    model_config = AutoConfig.from_pretrained(directory)
-    dtype = _dtype(config.dtype, model_config)
-    max_len = _max_len(config.max_total_tokens, model_config)
+    base_config = model_config(config.model_id, directory)
+    dtype = _dtype(config.dtype, base_config)
+    max_len = _max_len(config.max_total_tokens, base_config)
     _check_kernels(dtype, device)
-    decoder = Decoder(model_config, group, dtype, device)
+    decoder = Decoder(base_config, group, dtype, device)
     base = None if config.load_format == "dummy" else CheckpointWeights(directory, dtype)
     if base is None:
         decoder.randomize(seed=0)
@@ -118,16 +118,16 @@ def _kv_pool(decoder: Decoder, memory: MemoryPlan) -> KvPool:
     )  # fmt: skip
 
 
-def _dtype(name: str, model_config: object) -> torch.dtype:
+def _dtype(name: str, base_config: object) -> torch.dtype:
     if name == "auto":
-        found = getattr(model_config, "dtype", None)
+        found = getattr(base_config, "dtype", None)
         return found if isinstance(found, torch.dtype) else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
-def _max_len(asked: int, model_config: object) -> int:
-    limit = int(getattr(model_config, "max_position_embeddings", _DEFAULT_MAX_LEN))
+def _max_len(asked: int, base_config: object) -> int:
+    limit = int(getattr(base_config, "max_position_embeddings", _DEFAULT_MAX_LEN))
     if asked > limit:
         raise UnsupportedModel(f"--max-total-tokens {asked} exceeds the model's {limit} positions")
     return asked or min(limit, _DEFAULT_MAX_LEN)

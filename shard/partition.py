@@ -40,15 +40,8 @@ class Partition:
         """This rank's share of a transformers config. Raises UnsupportedModel if uneven."""
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        _check_divides("num_attention_heads", heads, size)
-        _check_divides("intermediate_size", config.intermediate_size, size)
         expert_size = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-        _check_divides("moe_intermediate_size", expert_size, size)
-        if kv_heads % size and size % kv_heads:
-            raise UnsupportedModel(
-                f"num_key_value_heads {kv_heads} cannot be shared by --num-shard {size}: "
-                "one must divide the other"
-            )
+        check_even(config, size)
         return cls(
             rank, size, config.hidden_size, head_dim, heads, kv_heads,
             config.intermediate_size, config.vocab_size,
@@ -142,6 +135,21 @@ def _shift(interval: Interval, by: int) -> Interval:
     return interval[0] + by, interval[1] + by
 
 
-def _check_divides(name: str, value: int, size: int) -> None:
-    if value % size:
-        raise UnsupportedModel(f"{name} {value} is not divisible by --num-shard {size}")
+def check_even(config: Any, size: int) -> None:
+    """Raises UnsupportedModel when a number that `config` has cannot be shared by `size` ranks."""
+    for name in ("num_attention_heads", "intermediate_size", "moe_intermediate_size"):
+        value = _count(config, name)
+        if value % size:
+            raise UnsupportedModel(f"{name} {value} is not divisible by --num-shard {size}")
+    kv_heads = _count(config, "num_key_value_heads")
+    if kv_heads % size and size % kv_heads:
+        raise UnsupportedModel(
+            f"num_key_value_heads {kv_heads} cannot be shared by --num-shard {size}: "
+            "one must divide the other"
+        )
+
+
+def _count(config: Any, name: str) -> int:
+    """A number of a config; 0, which is shared by all, where a config.json leaves it out."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else 0

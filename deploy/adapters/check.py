@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 
 from lorafleet.cache.adapter_files import AdapterSpec, digest_files, read_spec
@@ -29,6 +28,7 @@ from lorafleet.shard.checkpoint import Checkpoint
 from lorafleet.shard.errors import BadCheckpoint
 from lorafleet.shard.group import Group
 from lorafleet.shard.model import Decoder
+from lorafleet.shard.model_config import model_config
 
 
 def check_folders(
@@ -40,7 +40,7 @@ def check_folders(
     allow_pickles: bool = False,
 ) -> list[Verdict]:
     """A verdict for each folder. Raises ValueError when the model cannot be served itself."""
-    config = _config(model_id, revision)
+    config = model_config(model_id, *_name(model_id, revision))
     kind = _dtype(dtype, config)
     layouts = [_layout(config, rank, num_shard, kind) for rank in range(num_shard)]
     base, tokenizer = _base(model_id, layouts[0], kind), _tokenizer_file(model_id, revision)
@@ -77,14 +77,6 @@ def _check(
         )
     except (AdapterFault, AdapterError) as fault:
         return Verdict(path, str(fault))
-
-
-def _config(model_id: str, revision: str) -> Any:
-    name, wanted = _name(model_id, revision)
-    try:
-        return AutoConfig.from_pretrained(name, revision=wanted)
-    except OSError as error:
-        raise ValueError(f"--model-id {model_id}: {str(error).splitlines()[0]}") from error
 
 
 def _base(model_id: str, layout: ModelLayout, dtype: torch.dtype) -> BaseWeights:

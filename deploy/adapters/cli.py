@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import aiohttp
-from rich.console import Console
 
 from lorafleet.deploy.adapters import report
 from lorafleet.deploy.adapters.client import ServerRefused, call
+from lorafleet.deploy.output import Output
+from lorafleet.deploy.server_url import DEFAULT_URL, VARIABLE, server_url, what_failed
+from lorafleet.shard.model_folder import check_path
 
-_DEFAULT_URL = "http://localhost:3000"
+_SOURCES = ("local", "hub", "s3", "http")
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -59,7 +61,8 @@ def run(args: Namespace) -> int:
         print(f"lorafleet adapters: {error}", file=sys.stderr)
         return 1
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        print(f"lorafleet adapters: error: {error}", file=sys.stderr)
+        said = what_failed(error, args.url) if hasattr(args, "url") else str(error)
+        print(f"lorafleet adapters: error: {said}", file=sys.stderr)
         return 2
 
 
@@ -68,7 +71,7 @@ def _list(args: Namespace) -> int:
     if args.json:
         print(json.dumps(adapters, indent=2))
     else:
-        report.print_adapters(Console(), adapters)
+        report.print_adapters(Output(), adapters)
     return 0
 
 
@@ -89,6 +92,7 @@ def _drop(args: Namespace) -> int:
 
 
 def _check(args: Namespace) -> int:
+    check_path(args.model_id)
     from lorafleet.deploy.adapters.check import check_folders  # brings torch
 
     verdicts = check_folders(
@@ -98,7 +102,7 @@ def _check(args: Namespace) -> int:
     if args.json:
         print(json.dumps([verdict.to_dict() for verdict in verdicts], indent=2))
     else:
-        report.print_verdicts(Console(), verdicts)
+        report.print_verdicts(Output(), verdicts)
     return 0 if all(verdict.is_served for verdict in verdicts) else 1
 
 
@@ -118,19 +122,19 @@ def _post(args: Namespace, fields: dict[str, Any]) -> int:
     if args.json:
         print(json.dumps(answer, indent=2))
     else:
-        report.print_adapters(Console(), [answer])
+        report.print_adapters(Output(), [answer])
     return 0
 
 
 def _ask(args: Namespace, method: str, path: str, **options: Any) -> dict[str, Any]:
+    args.url = server_url(args.url)
     return asyncio.run(call(args.url, args.admin_api_key, method, path, **options))
 
 
 def _server_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--url",
-        default=os.environ.get("LORAFLEET_URL", _DEFAULT_URL),
-        help=f"the server's router (env LORAFLEET_URL; default: {_DEFAULT_URL})",
+        help=f"the server's router (env {VARIABLE}; default: {DEFAULT_URL})",
     )
     parser.add_argument(
         "--admin-api-key",
@@ -144,8 +148,10 @@ def _name_flags(parser: ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="an adapter's id, or an alias")
     parser.add_argument(
         "--source",
+        choices=_SOURCES,
         default="",
-        help="local or hub (default: the server's; a private one's token is read from API_TOKEN)",
+        help="where it comes from (default: where the server's adapters do); a private one's token "
+        "is read from API_TOKEN",
     )
     parser.add_argument("--revision", default="", help="of a hub adapter")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -11,13 +12,14 @@ from random import Random
 from typing import Any
 
 import aiohttp
-from rich.console import Console
 from rich.progress import Progress
 
 from lorafleet.deploy.bench import report
 from lorafleet.deploy.bench.client import BASE, TIMEOUT, Outcome, ServerError, Target
 from lorafleet.deploy.bench.load import PROBE_WORDS, closed_loop, open_loop, tokens_per_word
 from lorafleet.deploy.bench.workload import Length, Popularity, Workload, words
+from lorafleet.deploy.output import Output
+from lorafleet.deploy.server_url import VARIABLE, server_url, what_failed
 
 
 def add_flags(parser: ArgumentParser) -> None:
@@ -33,7 +35,11 @@ def add_flags(parser: ArgumentParser) -> None:
 def _add_target(parser: ArgumentParser) -> None:
     """Whom to ask for which adapters."""
     add = parser.add_argument
-    add("--url", required=True, help="the server, e.g. http://localhost:8080")
+    add(
+        "--url",
+        required=not os.environ.get(VARIABLE),
+        help=f"the server, e.g. http://localhost:8080 (env {VARIABLE})",
+    )
     add(
         "--api",
         choices=("openai", "lorax"),
@@ -117,12 +123,13 @@ def _add_requests(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """One benchmark. Returns 0 when every request worked, 1 when one failed, 2 for a bad flag."""
     try:
+        args.url = server_url(args.url)
         adapters = adapter_names(args.adapters, args.adapter_prefix)
         summary = asyncio.run(_measure(args, adapters))
     except (ServerError, aiohttp.ClientError, ValueError) as error:
-        print(f"lorafleet bench: error: {error}", file=sys.stderr)
+        print(f"lorafleet bench: error: {what_failed(error, args.url)}", file=sys.stderr)
         return 2
-    report.print_summary(Console(), summary)
+    report.print_summary(Output(), summary)
     if args.output:
         report.write_json(args.output, _config(args), summary)
     return 1 if summary["failed"] else 0
@@ -153,12 +160,12 @@ async def _measure(args: Namespace, adapters: tuple[str, ...]) -> dict[str, Any]
     async with aiohttp.ClientSession(
         timeout=TIMEOUT, connector=aiohttp.TCPConnector(limit=0)
     ) as session:
-        url = args.url.rstrip("/")
-        model = args.model or (await _first_model(session, url) if args.api == "openai" else "")
-        target = Target(session, url, args.api, model, ignore_eos=not args.stop_at_eos)
+        first = args.api == "openai" and not args.model
+        model = await _first_model(session, args.url) if first else args.model
+        target = Target(session, args.url, args.api, model, ignore_eos=not args.stop_at_eos)
         probe = words(PROBE_WORDS, Random(args.seed))
         asks = workload.asks(await tokens_per_word(target, adapters[0], probe))
-        with Progress(console=Console(stderr=True), transient=True) as bar:
+        with Progress(console=Output(stderr=True), transient=True) as bar:
             task = bar.add_task("Requests", total=len(asks))
 
             def on_outcome(_: Outcome) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 
 from lorafleet.deploy.bench.workload import Ask
+from lorafleet.deploy.server_url import what_failed
 
 BASE = "base"  # the adapter name that means none
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=600)
@@ -59,6 +60,7 @@ class Target:
         self._api = api
         self._model = model  # what the OpenAI API calls the base model
         self._ignore_eos = ignore_eos
+        self._server = url
         self._url = url + ("/v1/completions" if api == "openai" else "/generate_stream")
 
     async def send(self, ask: Ask) -> Outcome:
@@ -79,7 +81,7 @@ class Target:
             if not outcome.arrivals:
                 raise ServerError("the answer ended without a token")
         except (aiohttp.ClientError, TimeoutError, ServerError, ValueError) as error:
-            outcome.error = str(error) or type(error).__name__
+            outcome.error = what_failed(error, self._server)
         outcome.finished_at = time.perf_counter()
 
     def _body(self, ask: Ask) -> dict[str, Any]:

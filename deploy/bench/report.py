@@ -52,7 +52,23 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
-    """The numbers a reader wants first."""
+    """The numbers a reader wants first, if there are any, and what failed."""
+    if summary["requests"]:
+        console.print(_times(summary))
+        console.print(
+            f"{summary['output_tokens_per_second']:,.1f} tokens/s, "
+            f"{summary['requests_per_second']:,.2f} requests/s: "
+            f"{_count(summary['requests'], 'request')}, "
+            f"{_count(summary['output_tokens'], 'token')}, "
+            f"{_count(summary['adapters'], 'adapter')} in {summary['seconds']:.1f} s"
+        )
+    elif summary["failed"]:
+        console.print("every request failed", style="red")
+    for error, count in summary["failures"].items():
+        console.print(f"{count} failed: {error}", style="red", markup=False)
+
+
+def _times(summary: dict[str, Any]) -> Table:
     table = Table(title=None, header_style="bold")
     table.add_column("")
     for p in PERCENTILES:
@@ -63,15 +79,11 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         ("end_to_end_ms", "whole request, ms"),
     ):
         table.add_row(title, *(f"{value:,.1f}" for value in summary[name].values()))
-    console.print(table)
-    console.print(
-        f"{summary['output_tokens_per_second']:,.1f} tokens/s, "
-        f"{summary['requests_per_second']:,.2f} requests/s: {summary['requests']} requests, "
-        f"{summary['output_tokens']} tokens, {summary['adapters']} adapters "
-        f"in {summary['seconds']:.1f} s"
-    )
-    for error, count in summary["failures"].items():
-        console.print(f"{count} failed: {error}", style="red", markup=False)
+    return table
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def write_json(file: Path, config: dict[str, Any], summary: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import time
 from argparse import ArgumentParser
@@ -18,7 +19,7 @@ PIPE_COLUMNS = 120  # when nobody says how wide the output is
 
 
 def main() -> int:
-    """Returns 0 only when everything worked."""
+    """Returns 0 only when everything worked, 130 after Ctrl-C."""
     parser = ArgumentParser(prog="python -m lorafleet.deploy.demo", description=__doc__)
     add = parser.add_argument
     add("--dir", type=Path, default=DEFAULT_DIR, help="the demo model's folder (default: .demo)")
@@ -32,6 +33,7 @@ def main() -> int:
         console.print(str(error), style="red", markup=False)
     except KeyboardInterrupt:
         console.print("Interrupted.")
+        return 128 + signal.SIGINT
     return 1
 
 

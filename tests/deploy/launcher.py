@@ -22,7 +22,9 @@ PATIENCE = 60.0  # seconds until a test gives up on something that should happen
 class Launcher:
     """Use as a context manager; leaves no process behind whatever the test does."""
 
-    def __init__(self, folder: Path, *flags: str, habits: str = "") -> None:
+    def __init__(
+        self, folder: Path, *flags: str, habits: str = "", without_reader: str = ""
+    ) -> None:
         self.diary_path = folder / "diary"
         self.diary_path.touch()
         self.sockets = Path(mkdtemp(prefix="lf-"))  # pytest's own folders are too long for sockets
@@ -39,6 +41,8 @@ class Launcher:
                 "TMPDIR": str(self.sockets),
             },
         )
+        if without_reader:  # "stdout" or "stderr": nobody is at the other end
+            getattr(self.process, without_reader).close()
         self.errors = ""
         self._more_errors = Condition()
         self._reader = Thread(target=self._read_errors, daemon=True)
@@ -105,6 +109,8 @@ class Launcher:
 
     def _read_errors(self) -> None:
         assert self.process.stderr is not None
+        if self.process.stderr.closed:
+            return
         with self.process.stderr as lines:
             for line in lines:
                 with self._more_errors:

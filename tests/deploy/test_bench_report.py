@@ -37,11 +37,21 @@ def test_a_run_in_numbers() -> None:
     assert summary["inter_token_ms"] == {"p50": 1000, "p90": 2000, "p99": 2000}
 
 
-def test_a_run_that_failed_altogether_still_prints() -> None:
+def printed(*outcomes: Outcome) -> str:
     screen = io.StringIO()
-    summary = summarize([outcome(0.0, error="connection [refused]")])
-    print_summary(Console(file=screen, width=120), summary)
-    assert "1 failed: connection [refused]" in screen.getvalue()
+    print_summary(Console(file=screen, width=120), summarize(outcomes))
+    return screen.getvalue()
+
+
+def test_one_is_not_many() -> None:
+    assert ": 1 request, 2 tokens, 1 adapter in 4.0 s" in printed(outcome(0.0, 1.0, 4.0))
+    assert ": 2 requests, 3 tokens, 1" in printed(outcome(0.0, 1.0), outcome(1.0, 2.0, 3.0))
+
+
+def test_a_run_that_failed_altogether_shows_why_and_nothing_else() -> None:
+    refused, busy = (outcome(0.0, error=error) for error in ("connection [refused]", "429: busy"))
+    lines = ["every request failed", "2 failed: connection [refused]", "1 failed: 429: busy"]
+    assert printed(refused, refused, busy).splitlines() == lines
 
 
 def test_the_file_says_what_when_and_where_from(tmp_path: Path) -> None:

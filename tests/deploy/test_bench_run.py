@@ -56,9 +56,24 @@ def test_failures_are_counted_and_make_the_code(
     assert "2 failed: 404" in capsys.readouterr().out
 
 
-def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench("--url=http://127.0.0.1:9", "--requests=1") == 2
-    assert "lorafleet bench: error:" in capsys.readouterr().err
+@pytest.mark.parametrize("flags", [(), ("--api=lorax",), ("--model=m",)])
+def test_a_server_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    assert bench("--url=http://127.0.0.1:9/", "--requests=1", *flags) == 2
+    sentence = "no server at http://127.0.0.1:9: give --url or set LORAFLEET_URL"
+    assert capsys.readouterr().err == f"lorafleet bench: error: {sentence}\n"
+
+
+def test_the_address_may_come_from_the_environment(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORAFLEET_URL", url)
+    assert bench("--requests=1", "--output-tokens=1") == 0
+    monkeypatch.setenv("LORAFLEET_URL", "localhost:8123")
+    assert bench("--requests=1") == 2
+    sentence = "LORAFLEET_URL must start with http:// or https://, got 'localhost:8123'"
+    assert sentence in capsys.readouterr().err
 
 
 def test_adapter_names() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
+import lorafleet.deploy.demo.__main__ as demo
 from lorafleet.deploy.bench.client import Outcome
 from lorafleet.deploy.demo.recipe import ADAPTERS
 from lorafleet.deploy.demo.run import Results, asks, read_gauge, show
@@ -37,6 +39,15 @@ def test_what_counts_as_a_problem() -> None:
     assert len(results(error="404: no such adapter").problems()) == len(asks())
     unlisted = Results(asks(), results().outcomes, 4, CARDS[1:])
     assert unlisted.problems() == [f"/v1/models does not list {ADAPTERS[0].names[0]}"]
+
+
+def test_ctrl_c_is_told_by_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["demo"])
+    monkeypatch.setattr(demo, "_build", interrupted)
+    assert demo.main() == 130
 
 
 def test_the_table_shows_everything() -> None:

@@ -88,6 +88,14 @@ def test_what_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path, port: in
         assert_clean(launcher)
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_leaves_stops_it_quietly(tmp_path: Path, port: int, stream: str) -> None:
+    with Launcher(tmp_path, *flags(port), without_reader=stream) as launcher:
+        assert launcher.wait() == 141
+        assert_clean(launcher)
+    assert "Traceback" not in launcher.errors
+
+
 def test_a_dead_shard_takes_the_service_down(tmp_path: Path, port: int) -> None:
     with Launcher(tmp_path, *flags(port)) as launcher:
         launcher.wait_for_banner()
@@ -165,6 +173,13 @@ def test_a_busy_port_is_an_error_before_anything_starts(tmp_path: Path) -> None:
         ("--adapter-root=/nonexistent", "--adapter-root /nonexistent is not a directory"),
         ("--num-shard=0", "--num-shard must be between 1 and 64"),
         ("--port=70000", "--port must be between 0 and 65535"),
+        ("--adapter-source=local", "--adapter-source local needs --adapter-root"),
+        (
+            "--preloaded-adapter-source=local",
+            "--preloaded-adapter-source local needs --adapter-root",
+        ),
+        ("--model-id=./nowhere", "--model-id ./nowhere is not a directory"),
+        ("--model-id=/", "--model-id / has no config.json"),
     ],
 )
 def test_a_bad_flag_is_named(tmp_path: Path, port: int, flag: str, complaint: str) -> None:
@@ -172,6 +187,17 @@ def test_a_bad_flag_is_named(tmp_path: Path, port: int, flag: str, complaint: st
         assert launcher.wait() == 2
         assert launcher.diary() == []
     assert complaint in launcher.errors
+
+
+def test_a_model_that_the_shards_cannot_share_is_an_error_before_anything_starts(
+    tmp_path: Path, port: int
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 3}')
+    with Launcher(tmp_path, *flags(port, f"--model-id={tmp_path}")) as launcher:
+        assert launcher.wait() == 2
+        assert launcher.diary() == []
+    sentence = "lorafleet serve: error: num_attention_heads 3 is not divisible by --num-shard 2\n"
+    assert launcher.errors == sentence
 
 
 def test_the_port_is_free_again(tmp_path: Path, port: int) -> None:

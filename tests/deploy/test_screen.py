@@ -33,3 +33,11 @@ def test_a_terminal_gets_a_bar_and_logs_above_it() -> None:
     assert "Loading weights" in out.getvalue()
     assert "4.0/4.0 MB" in out.getvalue()
     assert "[shard 0] [bold]as it is[/bold] :smile: " + "x" * 200 in out.getvalue()
+
+
+def test_the_bars_first_frame_is_of_the_weights() -> None:
+    shown, out = screen(terminal=True)
+    shown.loading(1_000_000, 4_000_000)
+    shown.loaded()
+    assert "1.0/4.0 MB" in out.getvalue()
+    assert "0/100 bytes" not in out.getvalue()

@@ -76,3 +76,19 @@ def test_what_cannot_be_served_is_said_at_start(
 ) -> None:
     with pytest.raises(AssertionError, match=sentence):
         start(made.model, tmp_path, *flags)
+
+
+def test_a_model_that_transformers_does_not_know_is_told_without_a_traceback(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "abacus"}')
+    with pytest.raises(AssertionError, match=r"config.json: .* model type `abacus`") as caught:
+        start(tmp_path, tmp_path)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_what_a_config_alone_tells_is_told_once(made: Family, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as caught:
+        start(made.model, tmp_path, "--num-shard=3")
+    assert str(caught.value).count("is not divisible by --num-shard 3") == 1
+    assert "[shard" not in str(caught.value)

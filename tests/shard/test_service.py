@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -34,7 +35,8 @@ from lorafleet.proto.messages import (
     StepResult,
     Tier,
 )
-from lorafleet.shard.service import SERVICE
+from lorafleet.shard.service import SERVICE, ShardService
+from lorafleet.shard.streams import StepStream
 from tests.cache.hub_stand_in import Hub, Repo
 from tests.checkpoints import RECIPES, make_adapters, make_checkpoint
 from tests.e2e.oracle import Oracle
@@ -280,3 +282,16 @@ def test_an_error_in_the_compute_loop_ends_the_process(shard: Shard, tmp_path: P
         assert process.wait(30) == 1
         assert process.stderr is not None
         assert b"step 1 failed: 0 starts, 1 moves" in process.stderr.read()
+
+
+def test_a_router_that_leaves_is_no_news(caplog: pytest.LogCaptureFixture) -> None:
+    def gone(_: int) -> Any:
+        raise grpc.RpcError
+
+    stream = StepStream()
+    with caplog.at_level(logging.DEBUG):
+        ShardService()._read_plans(map(gone, [0]), stream)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("DEBUG", "the router left its step stream")
+    ]
+    assert not stream.is_open
