@@ -315,7 +315,10 @@ def _handlers(shard: FakeShard) -> grpc.GenericRpcHandler[Any, Any]:
 
     def list_adapters(request: Any, context: Any) -> Any:
         return shard_pb2.ListAdaptersReply(
-            adapters=[encode(info) for info in list(shard.adapters.values())]
+            adapters=[
+                encode(replace(info, is_public=not info.key.id.startswith("private-")))
+                for info in list(shard.adapters.values())
+            ]
         )
 
     def proto(message: Any) -> bytes:
