@@ -111,10 +111,14 @@ class AdapterStore:
 
         Other contents than the digest's stay in host memory, if there is one.
         """
-        key = request.key
+        key, content = request.key, AdapterContent(request.key, request.digest)
+        if content in self._held and request.tier > Tier.DISK:
+            # Waits for no source that this adapter is asked of meanwhile: others need the room.
+            self._drop_content(content)
+            return
         with self._locks.hold(key):
             if request.digest:
-                self._drop_content(AdapterContent(key, request.digest))
+                self._drop_content(content)
             else:
                 for content in self._host.contents():
                     if content.key == key:

@@ -178,6 +178,7 @@ class AdapterDirectory:
         checks = [task for (checked, _), task in self._checks.items() if checked == key]
         reloads = [task for checked, task in self._reloads.items() if checked == key]
         await asyncio.gather(*checks, *reloads, return_exceptions=True)
+        self.tiers.unkeep(key)  # by a pin that was on its way
         self._forget(key)
         self._failures.forget(key)
         self._access.forget(key)
@@ -224,6 +225,12 @@ class AdapterDirectory:
         return not self._access.allows(key, api_token)
 
     async def _check(
+        self, key: AdapterKey, api_token: str, made_of: tuple[str, ...], refresh: bool
+    ) -> Adapter:
+        with self._claimed(key):  # whoever asked for this may have gone away
+            return await self._checked(key, api_token, made_of, refresh)
+
+    async def _checked(
         self, key: AdapterKey, api_token: str, made_of: tuple[str, ...], refresh: bool
     ) -> Adapter:
         known, num_changes = self._adapters.get(key), self._num_changes[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
 from lorafleet.proto.messages import AdapterKey, Tier
 from lorafleet.router.adapter import Adapter
@@ -20,7 +21,8 @@ class AdapterControl:
     ) -> None:
         """`wake` makes the engine's loop look for work."""
         self._directory, self._device, self._wake = directory, device, wake
-        self._device_changed = asyncio.Event()
+        self._on_device: dict[AdapterKey, Adapter] = {}  # whose slots are pinned
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def load(self, key: AdapterKey, api_token: str, tier: Tier) -> None:
         """Raises an adapter to a tier at least; it may be evicted again.
@@ -42,25 +44,67 @@ class AdapterControl:
         requests under way do not leave room for it, and whatever `load` raises.
         """
         self._check_room(await self._directory.validate(key, api_token), tier)
+        while not await self._pin(key, api_token, tier):
+            pass
+
+    async def _pin(self, key: AdapterKey, api_token: str, tier: Tier) -> bool:
+        """False, with nothing pinned, if a reload has made it another adapter meanwhile."""
         with await self._directory.acquire(key, api_token) as pin:
             self._check_room(pin.adapter, tier)
             if tier is Tier.DEVICE:
                 await self._keep_on_device(pin.adapter)
             else:
                 self._device.ledger.unkeep(pin.adapter)
+            if self._directory.find(key) is not pin.adapter:
+                self._device.ledger.unkeep(pin.adapter)
+                return False
             self._directory.tiers.keep(pin.adapter.content)
+            self._on_device.pop(key, None)
+            if tier is Tier.DEVICE:
+                self._on_device[key] = pin.adapter
+            return True
+
+    def follow(self, adapter: Adapter) -> None:
+        """A request got this adapter: if it was made anew, it takes over a pin of the device."""
+        before = self._on_device.get(adapter.key)
+        if before is None or before is adapter or not self._directory.tiers.is_kept(adapter.key):
+            return
+        self._on_device[adapter.key] = adapter
+        self._device.ledger.unkeep(before)
+        task = asyncio.create_task(self._follow(adapter))
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    async def _follow(self, adapter: Adapter) -> None:
+        with adapter.pin(), suppress(NoAdapterRoom):
+            self._check_room(adapter, Tier.DEVICE)
+            await self._keep_on_device(adapter)
+            if self._on_device.get(adapter.key) is not adapter:
+                self._device.ledger.unkeep(adapter)
 
     async def reload(self, key: AdapterKey, api_token: str) -> None:
         """Has requests from now on get what the adapter's source has now; pins stay.
 
         Requests that have begun end with what they began with, and nobody waits for them but a pin
-        that finds no room beside them. Raises what `load` and `pin` do.
+        that finds no room beside them. Goes on if the caller leaves, since what is pinned must be
+        loaded. Raises what `load` and `pin` do.
         """
+        task = asyncio.create_task(self._reload(key, api_token))
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        await asyncio.shield(task)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, even if the caller has gone
+
+    async def _reload(self, key: AdapterKey, api_token: str) -> None:
         before, pinned = self._directory.find(key), self.pinned(key)
         adapter = await self._directory.reload(key, api_token)
         if before is not None and adapter is not before:
             self._device.ledger.unkeep(before)
-        if not pinned:
+        if not pinned or not self._directory.tiers.is_kept(key):  # unpinned or dropped meanwhile
             return
         try:
             await self.pin(key, api_token, pinned)
@@ -68,11 +112,13 @@ class AdapterControl:
             if before is None or before is adapter:
                 raise
             await self._directory.retired(before)
-            await self.pin(key, api_token, pinned)
+            if self._directory.tiers.is_kept(key):
+                await self.pin(key, api_token, pinned)
 
     def unpin(self, key: AdapterKey) -> None:
         """Ends a pin; nothing if there is none."""
         self._directory.tiers.unkeep(key)
+        self._on_device.pop(key, None)
         adapter = self._directory.find(key)
         if adapter is not None:
             self._device.ledger.unkeep(adapter)
@@ -88,11 +134,14 @@ class AdapterControl:
 
     async def drop(self, key: AdapterKey) -> None:
         """Frees every tier, pinned or not, once the requests that use the adapter have ended."""
+        self._on_device.pop(key, None)
         await self._directory.drop(key)
 
-    def device_changed(self) -> None:
-        """Engine only: a copy to the device has finished."""
-        self._device_changed.set()
+    async def close(self) -> None:
+        """Cancels reloads under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def check_device_room(self, adapter: Adapter) -> None:
         """Raises NoAdapterRoom if the adapter can never be on the device because of pins."""
@@ -124,8 +173,10 @@ class AdapterControl:
         return [adapter for adapter, slot in pairs if not (slot and slot.is_kept)]
 
     async def _keep_on_device(self, adapter: Adapter) -> None:
+        await self._to_device(adapter, lambda: self._keep_slot(adapter))
+
+    def _keep_slot(self, adapter: Adapter) -> None:
         slots = self._device.ledger
-        await self._to_device(adapter)
         slots.keep(adapter)
         # Where the slot lies was not known before: it may cut the rest in pieces.
         in_use = [a for a in self._directory.in_use() if a is not adapter]
@@ -136,13 +187,25 @@ class AdapterControl:
                 "for an adapter of a request under way; try again"
             )
 
-    async def _to_device(self, adapter: Adapter) -> None:
-        """Returns once the adapter, whose host copy the caller has pinned, is on the device."""
-        while not self._device.is_ready(adapter):
-            self._device.ask(adapter)
-            self._wake()
-            self._device_changed.clear()
-            await self._device_changed.wait()
+    async def _to_device(self, adapter: Adapter, act: Callable[[], None] = lambda: None) -> None:
+        """Returns once the adapter, whose host copy the caller has pinned, has been on the device.
+
+        `act` is called there and then: the next plan may give its slot to another.
+        """
+        arrived = asyncio.get_running_loop().create_future()
+
+        def arrive() -> None:
+            if arrived.done():  # the caller has gone
+                return
+            try:
+                act()
+                arrived.set_result(None)
+            except NoAdapterRoom as error:
+                arrived.set_exception(error)
+
+        self._device.ask(adapter, arrive)
+        self._wake()
+        await arrived
 
 
 def _check(place: str, adapter: Adapter, needed: int, room: int) -> None:

@@ -26,7 +26,8 @@ class DeviceSlots:
         self.ledger = ledger
         self._on_loaded = on_loaded
         self._loading: dict[int, tuple[AdapterPin, float]] = {}  # by slot, with when it began
-        self._asked: dict[Adapter, None] = {}  # wanted on the device by no sequence, oldest first
+        # Wanted on the device by no sequence, oldest first, and who hears of it.
+        self._asked: dict[Adapter, list[Callable[[], None]]] = {}
 
     @property
     def num_loading(self) -> int:
@@ -38,9 +39,15 @@ class DeviceSlots:
         slot = self.ledger.find(adapter)
         return slot is not None and slot.is_ready
 
-    def ask(self, adapter: Adapter) -> None:
-        """Has one of the next plans copy an adapter to the device."""
-        self._asked[adapter] = None
+    def ask(self, adapter: Adapter, on_ready: Callable[[], None]) -> None:
+        """Has one of the next plans copy an adapter to the device.
+
+        `on_ready` is called when it is there, before another can take its place.
+        """
+        if self.is_ready(adapter):
+            on_ready()
+        else:
+            self._asked.setdefault(adapter, []).append(on_ready)
 
     def forget(self, adapter: Adapter) -> None:
         """Its host copy goes, so its slot does too; nobody may be using it."""
@@ -52,8 +59,6 @@ class DeviceSlots:
         for adapter in list(self._asked):
             if not self.slot_of(adapter) and self.may_load(adapter, step):
                 self.load(adapter, step, (), now)
-            if self.slot_of(adapter):
-                del self._asked[adapter]
 
     def load(self, adapter: Adapter, step: Step, wanted: Collection[int], now: float) -> None:
         """A slot for an adapter that has none, with its move in `step`, if there is a place.
@@ -82,6 +87,8 @@ class DeviceSlots:
             self.ledger.set_ready(number)
             pin, started_at = self._loading.pop(number)
             self._on_loaded(pin.adapter, now - started_at)
+            for on_ready in self._asked.pop(pin.adapter, ()):
+                on_ready()
             pin.close()
 
     def slot_of(self, adapter: Adapter) -> int:

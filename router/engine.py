@@ -106,6 +106,7 @@ class Engine:
         self._loop.cancel()
         await asyncio.gather(self._loop, return_exceptions=True)
         self._end_all(ShardLost("the service is shutting down"))
+        await self.control.close()
         await self._directory.close()
         await self._shards.close()
 
@@ -170,6 +171,7 @@ class Engine:
         # Only now, so that what does not exist has no metrics.
         self.activity.looked_up(key, tier)
         try:
+            self.control.follow(pin.adapter)
             self.control.check_device_room(pin.adapter)
         except BaseException:
             pin.close()
@@ -191,6 +193,12 @@ class Engine:
             pinned = self.control.pinned(info.key)
             known.setdefault(info.key, AdapterStatus(info.key, info, tier, pinned=pinned))
         return [known[key] for key in sorted(known, key=lambda key: (key.source, str(key)))]
+
+    async def holds(self, key: AdapterKey) -> bool:
+        """Whether any tier has an adapter, if only for some callers. Raises ShardLost."""
+        if self._directory.find(key) is not None:
+            return True
+        return any(info.key == key for info in await self._shards.list_adapters())
 
     def adapter(self, key: AdapterKey) -> AdapterStatus | None:
         """Where an adapter is; None if no request and no operator has asked for it."""
@@ -341,7 +349,6 @@ class Engine:
 
     def _on_loaded(self, adapter: Adapter, seconds: float) -> None:
         self.activity.loaded(adapter.key, Tier.DEVICE, seconds)
-        self.control.device_changed()
 
     def _on_evicted(self, adapter: Adapter) -> None:
         self.activity.evicted(adapter.key, Tier.DEVICE)

@@ -88,7 +88,7 @@ class Service:
 
     async def is_known(self, key: AdapterKey) -> bool:
         """Whether an adapter is loaded, or on the shards' disks, for anybody."""
-        return any(status.key == key for status in await self.engine.all_adapters())
+        return await self.engine.holds(key)
 
     async def check_hides_nothing(self, field: str, alias: str, key: AdapterKey) -> None:
         """Raises InvalidRequest if a new alias of `key` were to take another adapter's name."""

@@ -12,8 +12,9 @@ import torch
 
 from lorafleet.cache.device_tier import DeviceTier
 from lorafleet.cache.errors import AdapterNotFound
+from lorafleet.cache.packing import PackedAdapter
 from lorafleet.cache.store import AdapterStore
-from lorafleet.proto.messages import AdapterContent, StepPlan, StepResult
+from lorafleet.proto.messages import AdapterContent, AdapterMove, StepPlan, StepResult
 from lorafleet.shard.batch import Batch, build_batch
 from lorafleet.shard.flash_attention import FlashAttention
 from lorafleet.shard.kv_pool import KvPool
@@ -120,11 +121,11 @@ class Worker:
     def launch(self, stream: StepStream, plan: StepPlan) -> Launched:
         """Queues a step's work; on CPU this is the work itself."""
         launched = Launched(stream, plan, time.perf_counter())
-        contents = [AdapterContent(move.key, move.digest) for move in plan.moves]
-        packed = [self._store.host(content) for content in contents]
-        for adapter, move in zip(packed, plan.moves, strict=True):
-            extents = list(zip(move.extent_offsets, move.extent_bytes, strict=True))
-            self._adapters.begin_scattered(adapter, move.slot, extents)
+        sources = [(move, self._source(move, plan)) for move in plan.moves]
+        for move, adapter in sources:
+            if adapter is not None:
+                extents = list(zip(move.extent_offsets, move.extent_bytes, strict=True))
+                self._adapters.begin_scattered(adapter, move.slot, extents)
         for start in plan.starts:
             self._rows.begin(start)
         self._rows.append_pages(plan)
@@ -136,6 +137,20 @@ class Worker:
             launched.event = torch.cuda.Event()
             launched.event.record()
         return launched
+
+    def _source(self, move: AdapterMove, plan: StepPlan) -> PackedAdapter | None:
+        """What a move copies. Raises AdapterNotFound if it is not in host memory.
+
+        On a rank that is behind it may have been dropped: the router heard from rank 0 that the
+        adapter is there, and evicted it again. Then nobody uses the slot as it is, and None is
+        right. A step with rows is no such case: in it, ranks wait for each other.
+        """
+        try:
+            return self._store.host(AdapterContent(move.key, move.digest))
+        except AdapterNotFound:
+            if self._answers or move.slot in plan.slots:
+                raise
+            return None
 
     def finish(self, launched: Launched) -> StepResult:
         """Reads a step's results, waiting for the device if it must."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -472,3 +473,25 @@ def test_every_fault_is_a_cache_error(store: AdapterStore, tmp_path: Path) -> No
         for tier in (Tier.DISK, Tier.HOST):
             with pytest.raises(AdapterFault):
                 fetch(store, AdapterKey("local", name), tier)
+
+
+def test_host_room_is_given_back_while_the_source_is_slow(
+    store: AdapterStore, hub: Hub, tmp_path: Path
+) -> None:
+    held = fetch(store, HUB)
+    newer = write_adapter(
+        tmp_path / "newer",
+        config_of(8, target_modules="all-linear"),
+        tensors_of(("self_attn.v_proj",), 8),
+    )
+    hub.repos["owner/adapter"] = repo = Repo(newer)
+    repo.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        coming = pool.submit(refresh, store, HUB, Tier.DISK)
+        while hub.count("/resolve/") < 3:
+            time.sleep(0.01)
+        try:
+            pool.submit(drop, store, HUB, Tier.HOST, held.digest).result(timeout=30)
+        finally:
+            repo.gate.set()
+        assert coming.result().digest != held.digest
