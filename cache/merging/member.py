@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lorafleet.cache.adapter_files import AdapterSpec, read_spec, read_tensors
-from lorafleet.cache.errors import AdapterUnservable, SourceUnavailable, shown
+from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.layout import ModelLayout
 from lorafleet.cache.peft_config import MAX_CONFIG_BYTES
 from lorafleet.cache.tokenizer_files import is_same_tokenizer, read_tokenizer
@@ -29,6 +29,10 @@ _UNMERGED_FIELDS = (
     "use_qalora",
 )
 _PLAIN_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+
+
+class MemberChanged(Exception):
+    """A member's files are others by now, or gone: read it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,10 @@ class MergeMember:
     def read(
         cls, name: str, directory: Path, layout: ModelLayout, allow_pickles: bool
     ) -> MergeMember:
-        """Raises AdapterUnservable, naming the member, but for a plain LoRA on linear layers."""
+        """Raises AdapterUnservable, naming the member, but for a plain LoRA on linear layers.
+
+        Raises MemberChanged as well.
+        """
         try:
             config = _read_config(directory / CONFIG_FILE)
             spec = read_spec(directory, layout, allow_pickles=allow_pickles)
@@ -58,7 +65,7 @@ class MergeMember:
         except AdapterUnservable as error:
             raise AdapterUnservable(f"{shown(name)} cannot be merged: {error}") from None
         except OSError:
-            raise SourceUnavailable(f"The files of {shown(name)} changed; try again.") from None
+            raise MemberChanged(f"The files of {shown(name)} changed; try again.") from None
         plain = {ref.name for module in spec.modules.values() for ref in (module.a, module.b)}
         for tensor in tensors:
             if tensor not in plain or not tensor.endswith(_PLAIN_SUFFIXES):

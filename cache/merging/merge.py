@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from lorafleet.cache.errors import AdapterUnservable, SourceUnavailable
+from lorafleet.cache.errors import AdapterUnservable
 from lorafleet.cache.layout import ModelLayout
 from lorafleet.cache.merging.combine import combine
-from lorafleet.cache.merging.member import MergeMember
+from lorafleet.cache.merging.member import MemberChanged, MergeMember
 from lorafleet.cache.merging.recipe import MergeRecipe
 from lorafleet.cache.weight_files import CONFIG_FILE, WEIGHTS_FILE
 from lorafleet.proto.messages import FetchProgress
@@ -57,7 +57,7 @@ class Merge:
     def write(self, directory: Path, progress: Progress) -> int:
         """Writes config and weights, a tensor at a time; returns their bytes.
 
-        Raises SourceUnavailable when a member's files changed meanwhile.
+        Raises MemberChanged when a member's files changed meanwhile.
         """
         try:
             done = self._write(directory, progress)
@@ -87,7 +87,7 @@ class Merge:
             except AdapterUnservable:
                 is_current = False
             if not is_current:
-                raise SourceUnavailable(
+                raise MemberChanged(
                     f"The files of {member.name} changed while it was merged; try again."
                 )
 

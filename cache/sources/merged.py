@@ -16,9 +16,9 @@ from threading import Lock
 import torch
 
 from lorafleet.cache.disk_tier import DiskTier, Download
-from lorafleet.cache.errors import AdapterNotFound, AdapterUnservable, shown
+from lorafleet.cache.errors import AdapterNotFound, AdapterUnservable, SourceUnavailable, shown
 from lorafleet.cache.layout import ModelLayout
-from lorafleet.cache.merging.member import MergeMember
+from lorafleet.cache.merging.member import MemberChanged, MergeMember
 from lorafleet.cache.merging.merge import Merge
 from lorafleet.cache.merging.recipe import SOURCE, MergeRecipe, members_of
 from lorafleet.cache.sources import local
@@ -28,6 +28,7 @@ from lorafleet.cache.sources.transfer import disk_faults
 from lorafleet.proto.messages import AdapterKey
 
 _FORMAT = 1  # of what is written; another one is made anew
+_ATTEMPTS = 3  # to merge members that hold still meanwhile
 
 
 class MergedSource(Downloads):
@@ -58,6 +59,15 @@ class MergedSource(Downloads):
 
         The members are taken as they are held, with `refresh` too.
         """
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return self._fetch(key, api_token, progress)
+            except MemberChanged as error:  # or it was evicted, and is fetched again
+                if attempt == _ATTEMPTS:
+                    raise SourceUnavailable(str(error)) from None
+        raise AssertionError("the last attempt returns or raises")
+
+    def _fetch(self, key: AdapterKey, api_token: str, progress: Progress) -> Path:
         recipe = _recipe(key)
         found = {
             member: self._read_member(str(member), self._fetch_member(member, api_token, progress))

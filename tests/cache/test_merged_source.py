@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -324,18 +325,25 @@ def test_a_full_disk_is_no_fault_of_the_adapters(
     assert fetch(source, recipe).is_dir()
 
 
-def test_a_member_that_changes_meanwhile_is_tried_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_changes", [1, 2, 3])
+def test_a_member_that_changes_meanwhile_is_read_again(tmp_path: Path, num_changes: int) -> None:
     for name in "ab":
         write_adapter(tmp_path / name)
     source, recipe = open_source(tmp_path, tmp_path), recipe_of({"a": 1.0, "b": 1.0})
+    done = [0]
 
-    def change(_: FetchProgress) -> None:
-        (tmp_path / "b" / "adapter_model.safetensors").unlink(missing_ok=True)
+    def change(progress: FetchProgress) -> None:
+        done.append(progress.done_bytes)
+        num_merges = 1 + sum(b < a for a, b in pairwise(done))
+        if num_merges <= num_changes:
+            os.utime(tmp_path / "b" / "adapter_model.safetensors", ns=(0, num_merges))
 
+    if num_changes < 3:
+        assert source.fetch(recipe.key, "", change).is_dir()
+        return
     with pytest.raises(SourceUnavailable, match="files of 'b' changed while it was merged"):
         source.fetch(recipe.key, "", change)
     assert source.list() == []
-    write_adapter(tmp_path / "b")
     assert fetch(source, recipe).is_dir()
 
 
