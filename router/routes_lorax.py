@@ -36,7 +36,7 @@ async def _respond(request: web.Request, stream: bool | None) -> web.StreamRespo
         call = read_call(body, request.headers, service.config, info, service.names, stream)
         async with AsyncExitStack() as stack:
             async with service.addressed(call.adapter, call.api_token, call.deadline) as to:
-                prompt_ids = await to.tokenizer.encode(call.inputs)
+                prompt_ids = await to.tokenizer.encode(call.inputs, field="inputs")
                 eos = to.form.eos_token_ids
                 requests = call.requests(prompt_ids, eos, service.config, info)
                 clock.validated(to.hold.seconds)

@@ -64,7 +64,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
         async def prompts(to: Addressee) -> list[_Prompt]:
             text = check_string("messages", await to.form.render(messages))
-            return [_Prompt(text, await to.tokenizer.encode(text, add_special_tokens=False))]
+            ids = await to.tokenizer.encode(text, field="messages", add_special_tokens=False)
+            return [_Prompt(text, ids)]
 
         return await _respond(request, clock, call, partial(ChatWriter, call), prompts, "messages")
 
@@ -97,7 +98,7 @@ async def models(request: web.Request) -> web.Response:
 
 async def _prompt(to: Addressee, given: str | list[int]) -> _Prompt:
     if isinstance(given, str):
-        return _Prompt(given, await to.tokenizer.encode(given))
+        return _Prompt(given, await to.tokenizer.encode(given, field="prompt"))
     check_token_ids(given, to.num_tokens)
     return _Prompt(to.tokenizer.decode(given), given)
 

@@ -1,0 +1,176 @@
+"""What an adapter's tokenizer.json may have, so that its texts take time and memory as others do.
+
+Whoever published the adapter wrote it, and the library does whatever it says, some of it with the
+interpreter's lock held.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from lorafleet.cache import tokenizer_files
+from lorafleet.cache.errors import AdapterUnservable as AdapterFault
+from lorafleet.cache.strict_json import read_object
+from lorafleet.cache.tokenizer_files import TOKENIZER_FILE
+from lorafleet.router.errors import AdapterUnservable
+
+_MAX_REGEX_LENGTH = 2048
+# A repeated group, one that is referred to or called, and whatever could hide one: flags such as
+# verbose mode, comments, names.
+_SLOW_REGEX = re.compile(r"\)[*+{]|\\[1-9kg]|\(\?(?!i?:|[=!]|<[=!])")
+
+_SECTIONS = ("normalizer", "pre_tokenizer", "decoder")
+_POST = "post_processor"
+_MAX_NODES = 16  # of a section; those of today's models have at most 8
+_MAX_GROWTH = 64  # of a text by all nodes of a section
+_MAX_ADDED = 16  # tokens or characters that are put beside every text, or every word, at one place
+_MAX_TEXT = 128  # characters of what a model may put beside each character, such as a prefix
+_MAX_POST_BYTES = 64 << 10
+_MAX_WORD_LENGTH = 200  # which takes time by its square; BERT's is 100
+_MAX_PIECE_LENGTH = 1024  # which a model looks for at every character
+# Nodes that do not make a text longer each time. The others may double it.
+_STEADY = frozenset(
+    ("Sequence", "Prepend", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip",
+     "StripAccents", "Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit", "Metaspace",
+     "BertPreTokenizer", "CharDelimiterSplit", "UnicodeScripts", "FixedLength", "ByteFallback",
+     "Fuse")
+)  # fmt: skip
+_PATTERN_FIELDS = frozenset(("String", "Regex"))
+
+
+def read_tokenizer_file(data: bytes) -> dict[str, Any]:
+    """A tokenizer.json from outside. Raises AdapterUnservable."""
+    check_values(data)
+    try:
+        return read_object(TOKENIZER_FILE, data)
+    except AdapterFault as fault:
+        raise AdapterUnservable(f"the adapter's tokenizer cannot be read: {fault}") from None
+
+
+def check_values(data: bytes) -> None:
+    """Raises AdapterUnservable for a tokenizer.json that takes very much memory when parsed."""
+    try:
+        tokenizer_files.check_values(TOKENIZER_FILE, data)
+    except AdapterFault as fault:
+        raise AdapterUnservable(f"the adapter's tokenizer cannot be read: {fault}") from None
+
+
+def check_tokenizer(file: dict[str, Any], base: dict[str, Any]) -> None:
+    """Raises AdapterUnservable for what could take very long or very much; `base`: the base's.
+
+    What the base model's file has as well is let through.
+    """
+    known = set(_regexes(base))
+    for regex in set(_regexes(file)) - known:
+        if len(regex) > _MAX_REGEX_LENGTH or _SLOW_REGEX.search(regex):
+            raise AdapterUnservable(
+                "the adapter's tokenizer.json has a regular expression that the base model's has "
+                f"not and that could take very long: {regex[:120]!r}"
+            )
+    for name in _SECTIONS:
+        if file.get(name) != base.get(name):
+            _check_section(name, file.get(name), list(_nodes(base.get(name))))
+    if file.get(_POST) != base.get(_POST):
+        _check_post_processor(file.get(_POST))
+    if file.get("model") != base.get("model"):
+        _check_model(file.get("model"))
+
+
+def _check_section(name: str, section: Any, known: list[dict[str, Any]]) -> None:
+    nodes = [node for node in _nodes(section) if not node.keys() <= _PATTERN_FIELDS]
+    if len(nodes) > _MAX_NODES:
+        raise _refusal(f"{name} has {len(nodes)} nodes; it may have {_MAX_NODES}")
+    for node in nodes:
+        if node not in known:
+            _check_node(name, node)
+    if math.prod(map(_growth, nodes)) > _MAX_GROWTH:
+        raise _refusal(
+            f"{name} could make a text many times as long: all nodes together may make it "
+            f"{_MAX_GROWTH} times as long, and those that are not known here count as 2"
+        )
+
+
+def _check_node(name: str, node: dict[str, Any]) -> None:
+    if "precompiled_charsmap" in node:
+        raise _refusal(f"{name} has a Precompiled node that the base model's has not")
+    if len(str(node.get("prepend", ""))) > _MAX_ADDED:
+        raise _refusal(f"{name} prepends more than {_MAX_ADDED} characters")
+    if _is_replace(node) and _replaced(node) and _growth(node) > 1:
+        raise _refusal(
+            f"{name} has a Replace node whose content is longer than its pattern "
+            f"{_replaced(node)[:40]!r}, which the base model's has not"
+        )
+
+
+def _growth(node: dict[str, Any]) -> float:
+    """How many times as long a text may be behind a node."""
+    if _is_replace(node):
+        # What a regular expression matches may be nothing at all, between any two characters.
+        text, length = _replaced(node), len(str(node["content"]))
+        return max(1.0, length / len(text)) if text else 1.0 + length
+    return 1.0 if node.get("type") in _STEADY else 2.0
+
+
+def _replaced(node: dict[str, Any]) -> str:
+    """The text that a Replace node replaces; empty where it is a regular expression."""
+    pattern = node["pattern"]
+    text = pattern.get("String") if isinstance(pattern, dict) else pattern
+    return text if isinstance(text, str) else ""
+
+
+def _is_replace(node: dict[str, Any]) -> bool:
+    """Whether it is one by its fields: the library does without the type."""
+    return "pattern" in node and "content" in node
+
+
+def _check_post_processor(section: Any) -> None:
+    if len(json.dumps(section)) > _MAX_POST_BYTES:
+        raise _refusal(f"{_POST} has more than {_MAX_POST_BYTES} bytes")
+    lists = (value for node in _nodes(section) for value in node.values())
+    if any(isinstance(value, list) and len(value) > _MAX_ADDED for value in lists):
+        raise _refusal(f"{_POST} adds more than {_MAX_ADDED} tokens at one place")
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, dict):
+        return
+    length = model.get("max_input_chars_per_word", 0)
+    if not isinstance(length, int) or length > _MAX_WORD_LENGTH:
+        raise _refusal(
+            f"model has max_input_chars_per_word {str(length)[:40]}; it may be {_MAX_WORD_LENGTH}"
+        )
+    for name, value in model.items():
+        if isinstance(value, str) and len(value) > _MAX_TEXT:
+            raise _refusal(f"model has a {name[:40]!r} of more than {_MAX_TEXT} characters")
+    vocab = model.get("vocab")
+    pieces = vocab if isinstance(vocab, list) else []  # of a Unigram model
+    texts = (piece[0] for piece in pieces if isinstance(piece, list) and piece)
+    if any(isinstance(text, str) and len(text) > _MAX_PIECE_LENGTH for text in texts):
+        raise _refusal(f"model.vocab has a piece of more than {_MAX_PIECE_LENGTH} characters")
+
+
+def _refusal(reason: str) -> AdapterUnservable:
+    return AdapterUnservable(f"the adapter's tokenizer.json is not served: its {reason}")
+
+
+def _regexes(node: Any) -> Iterator[str]:
+    """Every regular expression of a tokenizer's file, however it nests."""
+    for found in _nodes(node):
+        if isinstance(regex := found.get("Regex"), str):
+            yield regex
+
+
+def _nodes(node: Any) -> Iterator[dict[str, Any]]:
+    """Every object of a tokenizer's file, however it nests, but for vocabularies and merges."""
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, dict):
+            yield node
+            stack += [value for name, value in node.items() if name not in ("vocab", "merges")]
+        elif isinstance(node, list):
+            stack += node
