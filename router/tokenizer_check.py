@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lorafleet.cache import tokenizer_files
@@ -23,15 +23,15 @@ _MAX_REGEX_LENGTH = 2048
 # verbose mode, comments, names.
 _SLOW_REGEX = re.compile(r"\)[*+{]|\\[1-9kg]|\(\?(?!i?:|[=!]|<[=!])")
 
-_SECTIONS = ("normalizer", "pre_tokenizer", "decoder")
+_WAYS = (("normalizer", "pre_tokenizer"), ("decoder",))  # of a text to tokens, and back
 _POST = "post_processor"
 _MAX_NODES = 16  # of a section; those of today's models have at most 8
-_MAX_GROWTH = 64  # of a text by all nodes of a section
+_MAX_GROWTH = 8  # of a text by all nodes on its way
 _MAX_ADDED = 16  # tokens or characters that are put beside every text, or every word, at one place
 _MAX_TEXT = 128  # characters of what a model may put beside each character, such as a prefix
 _MAX_POST_BYTES = 64 << 10
 _MAX_WORD_LENGTH = 200  # which takes time by its square; BERT's is 100
-_MAX_PIECE_LENGTH = 1024  # which a model looks for at every character
+_MAX_PIECE_LENGTH = 128  # which a model looks for at every character
 # Nodes that do not make a text longer each time. The others may double it.
 _STEADY = frozenset(
     ("Sequence", "Prepend", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip",
@@ -71,27 +71,35 @@ def check_tokenizer(file: dict[str, Any], base: dict[str, Any]) -> None:
                 "the adapter's tokenizer.json has a regular expression that the base model's has "
                 f"not and that could take very long: {regex[:120]!r}"
             )
-    for name in _SECTIONS:
-        if file.get(name) != base.get(name):
-            _check_section(name, file.get(name), list(_nodes(base.get(name))))
+    for names in _WAYS:
+        if any(file.get(name) != base.get(name) for name in names):
+            _check_way(names, file, base)
     if file.get(_POST) != base.get(_POST):
         _check_post_processor(file.get(_POST))
     if file.get("model") != base.get("model"):
         _check_model(file.get("model"))
 
 
-def _check_section(name: str, section: Any, known: list[dict[str, Any]]) -> None:
+def _check_way(names: Sequence[str], file: dict[str, Any], base: dict[str, Any]) -> None:
+    growth = math.prod(
+        _check_section(name, file.get(name), list(_nodes(base.get(name)))) for name in names
+    )
+    if growth > _MAX_GROWTH:
+        raise _refusal(
+            f"{' and '.join(names)} could make a text many times as long: all nodes together may "
+            f"make it {_MAX_GROWTH} times as long, and those that are not known here count as 2"
+        )
+
+
+def _check_section(name: str, section: Any, known: list[dict[str, Any]]) -> float:
+    """How many times as long it may make a text. Raises AdapterUnservable."""
     nodes = [node for node in _nodes(section) if not node.keys() <= _PATTERN_FIELDS]
     if len(nodes) > _MAX_NODES:
         raise _refusal(f"{name} has {len(nodes)} nodes; it may have {_MAX_NODES}")
     for node in nodes:
         if node not in known:
             _check_node(name, node)
-    if math.prod(map(_growth, nodes)) > _MAX_GROWTH:
-        raise _refusal(
-            f"{name} could make a text many times as long: all nodes together may make it "
-            f"{_MAX_GROWTH} times as long, and those that are not known here count as 2"
-        )
+    return math.prod(map(_growth, nodes))
 
 
 def _check_node(name: str, node: dict[str, Any]) -> None:
