@@ -16,6 +16,7 @@ from lorafleet.cache.errors import AdapterUnservable, shown
 _MAX_LENGTH = 256
 _MAX_REPEATS = 3
 _MAX_GROUPS = 4
+_MAX_REPEATING_PATTERNS = 32
 _MAX_STEPS = 1 << 22  # for one name; a step takes about ten nanoseconds
 _NAME_LENGTH = 64
 _NAME_PARTS = 8
@@ -33,6 +34,10 @@ class ModulePatterns:
     def __init__(self, field: str, values: Mapping[str, Any]) -> None:
         """Raises AdapterUnservable for a key that is no usable regular expression."""
         self._values = [(_compiled(field, key), value) for key, value in values.items()]
+        if sum(_repeats(key) > 0 for key in values) > _MAX_REPEATING_PATTERNS:
+            raise AdapterUnservable(
+                f"{field} has more than {_MAX_REPEATING_PATTERNS} keys with repetitions."
+            )
         if _NAME_PARTS * _steps(values) > _MAX_STEPS:
             raise AdapterUnservable(
                 f"{field} has too many keys with repetitions or alternatives to match them in "
