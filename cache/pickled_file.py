@@ -19,6 +19,7 @@ from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.safetensors_file import TensorRef
 
 _ZIP_START = b"PK\x03\x04"  # by which torch tells a zip archive from its older format
+_PICKLE = "data.pkl"
 _MAX_PICKLE_BYTES = 16 << 20  # of names and shapes
 # Of one object with all it is made of, which a hash or a text of it would go through one by one. A
 # tensor has about twenty.
@@ -65,18 +66,23 @@ def _check_archive(path: Path) -> None:
     is_stored = all(m.compress_type == zipfile.ZIP_STORED for m in members)
     if not is_stored or sum(member.file_size for member in members) > path.stat().st_size:
         raise AdapterUnservable(f"{path.name} is compressed, which torch.save does not do.")
+    pickles = [member for member in members if member.filename.endswith(_PICKLE)]
+    if sum(member.file_size for member in pickles) > _MAX_PICKLE_BYTES:
+        raise AdapterUnservable(
+            f"{path.name} has a pickle of more than {_MAX_PICKLE_BYTES} bytes beside its tensors."
+        )
     try:
         # As torch.load reads it, so that no other archive can be meant.
-        pickled: bytes = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")
-        parts = _parts_of_largest(pickled) if len(pickled) <= _MAX_PICKLE_BYTES else 0
+        pickled: bytes = torch._C.PyTorchFileReader(str(path)).get_record(_PICKLE)
+        parts = _parts_of_largest(pickled)
     except Exception as error:
         raise AdapterUnservable(
             f"{path.name} is not a file that torch.save wrote ({type(error).__name__})."
         ) from None
-    if not 0 < parts <= _MAX_OBJECT_PARTS:
+    if parts > _MAX_OBJECT_PARTS:
         raise AdapterUnservable(
-            f"{path.name} holds other objects than tensors by name: its pickle may have "
-            f"{_MAX_PICKLE_BYTES} bytes, and no object more than {_MAX_OBJECT_PARTS} parts."
+            f"{path.name} holds other objects than tensors by name: no object in its pickle may "
+            f"have more than {_MAX_OBJECT_PARTS} parts."
         )
 
 

@@ -6,7 +6,6 @@ interpreter's lock held.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ _MAX_NODES = 16  # of a section; those of today's models have at most 8
 _MAX_GROWTH = 8  # of a text by all nodes on its way
 _MAX_ADDED = 16  # tokens or characters that are put beside every text, or every word, at one place
 _MAX_TEXT = 128  # characters of what a model may put beside each character, such as a prefix
-_MAX_POST_BYTES = 64 << 10
+_MAX_POST_NODES = 256  # each token it puts beside a text counts
 _MAX_WORD_LENGTH = 200  # which takes time by its square; BERT's is 100
 _MAX_PIECE_LENGTH = 128  # which a model looks for at every character
 # Nodes that do not make a text longer each time. The others may double it.
@@ -136,9 +135,10 @@ def _is_replace(node: dict[str, Any]) -> bool:
 
 
 def _check_post_processor(section: Any) -> None:
-    if len(json.dumps(section)) > _MAX_POST_BYTES:
-        raise _refusal(f"{_POST} has more than {_MAX_POST_BYTES} bytes")
-    lists = (value for node in _nodes(section) for value in node.values())
+    nodes = list(_nodes(section))
+    if len(nodes) > _MAX_POST_NODES:
+        raise _refusal(f"{_POST} has {len(nodes)} nodes; it may have {_MAX_POST_NODES}")
+    lists = (value for node in nodes for value in node.values())
     if any(isinstance(value, list) and len(value) > _MAX_ADDED for value in lists):
         raise _refusal(f"{_POST} adds more than {_MAX_ADDED} tokens at one place")
 
