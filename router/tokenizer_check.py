@@ -31,6 +31,11 @@ _MAX_TEXT = 128  # characters of what a model may put beside each character, suc
 _MAX_POST_NODES = 256  # each token it puts beside a text counts
 _MAX_WORD_LENGTH = 200  # which takes time by its square; BERT's is 100
 _MAX_PIECE_LENGTH = 128  # which a model looks for at every character
+# The library takes two hundred bytes of memory for each character of these, and holds the
+# interpreter's lock while it does.
+_MAX_VOCAB = 1 << 19
+_MAX_PIECES_LENGTH = 2_000_000
+_MAX_ADDED_LENGTH = 500_000
 # Nodes that do not make a text longer each time. The others may double it.
 _STEADY = frozenset(
     ("Sequence", "Prepend", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip",
@@ -75,6 +80,8 @@ def check_tokenizer(file: dict[str, Any], base: dict[str, Any]) -> None:
             _check_way(names, file, base)
     if file.get(_POST) != base.get(_POST):
         _check_post_processor(file.get(_POST))
+    if file.get("added_tokens") != base.get("added_tokens"):
+        _check_added_tokens(file.get("added_tokens"))
     if file.get("model") != base.get("model"):
         _check_model(file.get("model"))
 
@@ -154,11 +161,27 @@ def _check_model(model: Any) -> None:
     for name, value in model.items():
         if isinstance(value, str) and len(value) > _MAX_TEXT:
             raise _refusal(f"model has a {name[:40]!r} of more than {_MAX_TEXT} characters")
-    vocab = model.get("vocab")
-    pieces = vocab if isinstance(vocab, list) else []  # of a Unigram model
-    texts = (piece[0] for piece in pieces if isinstance(piece, list) and piece)
-    if any(isinstance(text, str) and len(text) > _MAX_PIECE_LENGTH for text in texts):
+    _check_vocabulary(model.get("vocab"))
+
+
+def _check_vocabulary(vocab: Any) -> None:
+    if not isinstance(vocab, dict | list):
+        return
+    if len(vocab) > _MAX_VOCAB:
+        raise _refusal(f"model.vocab has {len(vocab)} entries; it may have {_MAX_VOCAB}")
+    entries = vocab if isinstance(vocab, list) else []  # of a Unigram model
+    lengths = [len(str(entry[0])) for entry in entries if isinstance(entry, list) and entry]
+    if max(lengths, default=0) > _MAX_PIECE_LENGTH:
         raise _refusal(f"model.vocab has a piece of more than {_MAX_PIECE_LENGTH} characters")
+    if sum(lengths) > _MAX_PIECES_LENGTH:
+        raise _refusal(f"model.vocab has pieces of more than {_MAX_PIECES_LENGTH} characters")
+
+
+def _check_added_tokens(tokens: Any) -> None:
+    entries = tokens if isinstance(tokens, list) else []
+    texts = (str(entry.get("content", "")) for entry in entries if isinstance(entry, dict))
+    if sum(map(len, texts)) > _MAX_ADDED_LENGTH:
+        raise _refusal(f"added_tokens have more than {_MAX_ADDED_LENGTH} characters together")
 
 
 def _refusal(reason: str) -> AdapterUnservable:
