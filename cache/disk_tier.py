@@ -1,6 +1,7 @@
 """DiskTier: downloaded adapters on this machine, shared by all of its processes.
 
 <source>/<name>           a complete download
+<source>/<name>/read.ok   the adapter in it was read: doing so once more can do no harm
 .partial/<source>/<name>  one under way, or what a failure or a killed process left of it
 .locks/<source>/<name>    held by whoever downloads or drops it
 .room                     held while room is counted, promised, filled by a rename or given back
@@ -24,7 +25,7 @@ from filelock import FileLock, Timeout
 from lorafleet.cache.errors import AdapterUnservable, SourceTimeout, SourceUnavailable, TierFull
 from lorafleet.proto.messages import AdapterKey
 
-_RECORD_FILE, _PARTIAL_FILE = "download.json", "partial.json"
+_RECORD_FILE, _PARTIAL_FILE, _READ_FILE = "download.json", "partial.json", "read.ok"
 _LOCKS, _PARTIAL, _ROOM = ".locks", ".partial", ".room"
 _MAX_NAME_LENGTH = 200  # of the 255 bytes a file system takes
 _KEEP_PARTIAL_SECONDS = 24 * 3600.0
@@ -64,6 +65,15 @@ class DiskTier:
         """The record of a complete download, or None."""
         record = _read_record(self.path(key) / _RECORD_FILE)
         return record if record is not None and record.key == key else None
+
+    def was_read(self, key: AdapterKey) -> bool:
+        """Whether some process has read the adapter in this download to its end."""
+        return (self.path(key) / _READ_FILE).exists()
+
+    def note_read(self, key: AdapterKey) -> None:
+        """Lasts as long as the download does; nothing is noted of one that is gone."""
+        with suppress(OSError):
+            (self.path(key) / _READ_FILE).touch()
 
     def settled(self, key: AdapterKey) -> Download | None:
         """The same once nobody is downloading, replacing or dropping it."""

@@ -6,8 +6,9 @@ lock while it backtracks; patterns that could backtrack for long are refused.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorafleet.cache.errors import AdapterUnservable, shown
@@ -16,9 +17,15 @@ _MAX_LENGTH = 256
 _MAX_REPEATS = 3
 _MAX_GROUPS = 4
 _MAX_REPEATING_PATTERNS = 32
+_MAX_STEPS = 1 << 22  # for one name; a step takes about ten nanoseconds
+_NAME_LENGTH = 64
+_NAME_PARTS = 8
 
-_REPEAT = re.compile(r"(?<!\()[*+?{]")  # not the ? of (?: and its like
+_REPEAT = re.compile(r"(?<!\()\?|[*+{]")  # not the ? of (?: and its like
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
+# What makes other text mean a repeated group, or hides one: inline flags (verbose mode passes over
+# what stands between a group and its repetition, as comments do), names and references.
+_SPECIAL_GROUP = re.compile(r"\(\?(?![:=!])|\\[1-9]")
 
 
 class ModulePatterns:
@@ -30,6 +37,11 @@ class ModulePatterns:
         if sum(_repeats(key) > 0 for key in values) > _MAX_REPEATING_PATTERNS:
             raise AdapterUnservable(
                 f"{field} has more than {_MAX_REPEATING_PATTERNS} keys with repetitions."
+            )
+        if _NAME_PARTS * _steps(values) > _MAX_STEPS:
+            raise AdapterUnservable(
+                f"{field} has too many keys with repetitions or alternatives to match them in "
+                "little time; name modules in full, or use fewer repetitions."
             )
 
     def get(self, module: str, default: Any) -> Any:
@@ -62,6 +74,8 @@ def _is_simple(key: str) -> bool:
         or _repeats(key) > _MAX_REPEATS
         or key.count("(") > _MAX_GROUPS
         or _REPEATED_GROUP.search(key)
+        or _SPECIAL_GROUP.search(key)
+        or _steps([key]) > _MAX_STEPS
     )
 
 
@@ -69,7 +83,8 @@ def _compiled(field: str, key: str) -> re.Pattern[str]:
     if not _is_simple(key):
         raise AdapterUnservable(
             f"{field} has the key {shown(key)}, which is too complex: at most {_MAX_LENGTH} "
-            f"characters, {_MAX_REPEATS} repetitions and {_MAX_GROUPS} groups, no repeated group."
+            f"characters, {_MAX_REPEATS} repetitions and {_MAX_GROUPS} groups, few alternatives, "
+            "no repeated group, and after (? only a :, = or !."
         )
     try:
         return re.compile(rf"(.*\.)?({key})$")
@@ -81,3 +96,17 @@ def _compiled(field: str, key: str) -> re.Pattern[str]:
 
 def _repeats(key: str) -> int:
     return len(_REPEAT.findall(key))
+
+
+def _steps(keys: Iterable[str]) -> int:
+    """At most how many ways there are to match a name's beginning with keys that are branched."""
+    return sum(map(_ways, keys))
+
+
+def _ways(key: str) -> int:
+    """The ways to choose each alternative and where each repetition ends; 0 where none is to."""
+    repeats, bars = _repeats(key), key.count("|")
+    if not repeats and not bars:
+        return 0
+    groups = max(1, key.count("("))
+    return math.comb(_NAME_LENGTH + repeats, repeats) * math.ceil((1 + bars / groups) ** groups)

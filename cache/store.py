@@ -133,12 +133,16 @@ class AdapterStore:
 
         Those not fetched yet are there with an empty digest, those being packed as if they were in
         host memory, since they take room there. What else takes disk (downloads for some callers
-        only, or that cannot be served) is there as not public, so that it is counted. Waits for no
-        work on an adapter.
+        only, that cannot be served, or that nobody has read yet) is there as not public, so that it
+        is counted. Waits for no work on an adapter.
         """
         infos = []
         for source in self._sources.values():
             for key, directory in source.list():
+                # What a process died of, or hung in, would have the next one die at its start.
+                if not source.was_read(key):
+                    infos.append(self._hidden(key, source))
+                    continue
                 try:
                     infos.append(self._info(self._listed(key, directory)))
                 except AdapterUnservable:
@@ -182,15 +186,23 @@ class AdapterStore:
         directory = source.fetch(request.key, request.api_token, progress, request.refresh)
         states = self._states(directory)
         try:
-            return self._taken(directory, request, progress)
+            return self._taken(source, directory, request, progress)
         except AdapterFault:
             if self._states(directory) == states:
                 raise
         directory = source.fetch(request.key, request.api_token, progress)
-        return self._taken(directory, request, progress)
+        return self._taken(source, directory, request, progress)
 
-    def _taken(self, directory: Path, request: FetchAdapterRequest, progress: Progress) -> _Adapter:
+    def _taken(
+        self,
+        source: AdapterSource,
+        directory: Path,
+        request: FetchAdapterRequest,
+        progress: Progress,
+    ) -> _Adapter:
         adapter = self._read(request.key, directory, progress)
+        if self._states(directory) == adapter.spec.states:
+            source.note_read(request.key)
         is_meant = request.digest in ("", adapter.digest)
         if request.tier >= Tier.HOST and is_meant and not self._holds(adapter):
             self._pack(adapter, progress)

@@ -14,12 +14,7 @@ _FEW_CONTAINERS = 100_000
 
 def read_object(what: str, data: bytes) -> dict[str, Any]:
     """The object that `what`, as the message calls it, is. Raises AdapterUnservable."""
-    # A list takes two bytes in a file and fifty times as many in memory.
-    count = data.count(b"[") + data.count(b"{")
-    if count > max(_FEW_CONTAINERS, len(data) // _MIN_CONTAINER_BYTES):
-        raise AdapterUnservable(
-            f"{what} is not valid JSON of a useful kind: it has {count} lists and objects."
-        )
+    check_containers(what, data)
     try:
         value = json.loads(data.decode(), object_pairs_hook=_unique)
     except _Twice as error:
@@ -29,6 +24,16 @@ def read_object(what: str, data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AdapterUnservable(f"{what} is not a JSON object.")
     return value
+
+
+def check_containers(what: str, data: bytes) -> None:
+    """Raises AdapterUnservable for a text that takes very much more memory than it has bytes."""
+    # A list takes two bytes in a file and fifty times as many in memory.
+    count = data.count(b"[") + data.count(b"{")
+    if count > max(_FEW_CONTAINERS, len(data) // _MIN_CONTAINER_BYTES):
+        raise AdapterUnservable(
+            f"{what} is not valid JSON of a useful kind: it has {count} lists and objects."
+        )
 
 
 class _Twice(Exception):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.cache.errors import AdapterUnservable
+from lorafleet.cache.strict_json import check_containers
 
 TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
@@ -26,7 +27,8 @@ MAX_TOKENIZER_BYTES = {
     _SPECIAL_FILE: 1 << 20,
     _TEMPLATE_FILE: 1 << 20,
 }
-
+# Of lists, objects and what they hold; Gemma's tokenizer, the largest of today, has two million.
+_MAX_VALUES = 3_000_000
 
 # What of a tokenizer's file says nothing of how text becomes tokens.
 _IGNORED = ("version", "truncation", "padding")
@@ -46,6 +48,14 @@ def check_size(name: str, nbytes: int) -> None:
     limit = MAX_TOKENIZER_BYTES.get(name)
     if limit is not None and nbytes > limit:
         raise AdapterUnservable(f"{name} has {nbytes} bytes; it may have {limit}.")
+
+
+def check_values(name: str, data: bytes) -> None:
+    """Raises AdapterUnservable for a file that takes very much memory, before it is parsed."""
+    check_containers(name, data)
+    count = data.count(b",") + data.count(b"[") + data.count(b"{")
+    if count > _MAX_VALUES:
+        raise AdapterUnservable(f"{name} has {count} values; it may have {_MAX_VALUES}.")
 
 
 def is_same_tokenizer(one: bytes, other: bytes) -> bool:
@@ -100,6 +110,7 @@ def _text(name: str, contents: dict[str, bytes]) -> str:
 def _object(name: str, contents: dict[str, bytes]) -> dict[str, Any]:
     if not contents[name]:
         return {}
+    check_values(name, contents[name])
     try:
         found = json.loads(_text(name, contents))
     except (ValueError, RecursionError):

@@ -7,11 +7,11 @@ operator allows it, one file of torch's pickles.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 
 from lorafleet.cache.errors import AdapterUnservable, shown
+from lorafleet.cache.strict_json import read_object
 from lorafleet.cache.tokenizer_files import MAX_TOKENIZER_BYTES
 
 CONFIG_FILE = "adapter_config.json"
@@ -42,8 +42,7 @@ def _weight_files(present: Collection[str], allow_pickles: bool, adapter: str) -
         return (WEIGHTS_FILE,)
     if INDEX_FILE in present:
         parts = sorted(name for name in present if _PART.fullmatch(name))
-        if len(parts) > _MAX_PARTS:
-            raise AdapterUnservable(f"{adapter} has more than {_MAX_PARTS} files of weights.")
+        check_number_of_parts(len(parts), adapter)
         return INDEX_FILE, *parts
     pickle = next((name for name in PICKLE_FILES if name in present), None)
     if pickle is None:
@@ -56,6 +55,12 @@ def _weight_files(present: Collection[str], allow_pickles: bool, adapter: str) -
     return (pickle,)
 
 
+def check_number_of_parts(count: int, adapter: str) -> None:
+    """Raises AdapterUnservable for more files of weights than an adapter has."""
+    if count > _MAX_PARTS:
+        raise AdapterUnservable(f"{adapter} has more than {_MAX_PARTS} files of weights.")
+
+
 def is_adapter_file(name: str) -> bool:
     """Whether a file of this name can be one of an adapter's."""
     named = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, *PICKLE_FILES, *MAX_TOKENIZER_BYTES)
@@ -66,11 +71,7 @@ def parse_index(data: bytes) -> dict[str, str]:
     """Tensor name -> file. Raises AdapterUnservable for an index that is none."""
     if len(data) > MAX_INDEX_BYTES:
         raise AdapterUnservable(f"{INDEX_FILE} is larger than {MAX_INDEX_BYTES} bytes.")
-    try:
-        index = json.loads(data)
-    except (ValueError, RecursionError):
-        raise AdapterUnservable(f"{INDEX_FILE} is not valid JSON.") from None
-    files = index.get("weight_map") if isinstance(index, dict) else None
+    files = read_object(INDEX_FILE, data).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise AdapterUnservable(f"{INDEX_FILE} has no weight_map of tensors to files.")
     for name in files.values():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,14 @@ from lorafleet.cache.tokenizer_files import is_same_tokenizer
 from lorafleet.proto.messages import AdapterTokenizer, ShardInfo
 from lorafleet.router.chat import ChatTemplate, special_tokens, template_source
 from lorafleet.router.errors import AdapterUnservable
+from lorafleet.router.prompt import max_total_tokens
 from lorafleet.router.tokenizer import Tokenizer
+from lorafleet.router.tokenizer_check import check_tokenizer, check_values, read_tokenizer_file
+
+# An adapter's own tokenizer may make few tokens of a long text, and take long over it.
+_MAX_CHARACTERS_PER_TOKEN = 16
 
 Render = Callable[[list[dict[str, Any]]], Awaitable[str]]
-
-_MAX_REGEX_LENGTH = 2048
-_SLOW_REGEX = re.compile(r"\)[*+{]|\\[1-9k]")  # a repeated group, or one that is referred to
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class BaseForm:
 
     def __init__(self, info: ShardInfo, num_threads: int) -> None:
         self._file = info.tokenizer_json
+        self._max_characters = _MAX_CHARACTERS_PER_TOKEN * max_total_tokens(info)
         self._config = json.loads(info.tokenizer_config_json or b"{}")
         tokenizer, template = Tokenizer(self._file, num_threads), ChatTemplate(self._config)
 
@@ -52,17 +54,24 @@ class BaseForm:
     ) -> PromptForm:
         """The form with what an adapter ships of its own; takes long, so call it in a thread.
 
-        Raises AdapterUnservable for a tokenizer that is none, or whose regular expressions could
-        take very long.
+        Raises AdapterUnservable for a tokenizer that is none, or that could take very long.
         """
         config = json.loads(files.tokenizer_config_json or b"{}")
         tokenizer, nbytes = self.form.tokenizer, 0
-        if files.tokenizer_json and not is_same_tokenizer(files.tokenizer_json, self._file):
+        if files.tokenizer_json and not self._is_same(files.tokenizer_json):
             tokenizer = open_tokenizer(files.tokenizer_json, self._file, threads)
+            tokenizer.max_characters = self._max_characters
             nbytes = len(files.tokenizer_json)
         return PromptForm(
             tokenizer, self._render(config, render), self._eos(tokenizer, config), nbytes
         )
+
+    def _is_same(self, data: bytes) -> bool:
+        """Raises AdapterUnservable for what is not to be parsed."""
+        if data == self._file:
+            return True
+        check_values(data)
+        return is_same_tokenizer(data, self._file)
 
     def _render(
         self,
@@ -89,13 +98,7 @@ def open_tokenizer(data: bytes, base: bytes, threads: int | ThreadPoolExecutor) 
 
     Raises AdapterUnservable.
     """
-    known = set(_regexes(json.loads(base)))
-    for regex in set(_regexes(json.loads(data))) - known:
-        if len(regex) > _MAX_REGEX_LENGTH or _SLOW_REGEX.search(regex):
-            raise AdapterUnservable(
-                "the adapter's tokenizer.json has a regular expression that the base model's has "
-                f"not and that could take very long: {regex[:120]!r}"
-            )
+    check_tokenizer(read_tokenizer_file(data), json.loads(base))
     try:
         return Tokenizer(data, threads)
     except (KeyboardInterrupt, SystemExit):
@@ -104,16 +107,3 @@ def open_tokenizer(data: bytes, base: bytes, threads: int | ThreadPoolExecutor) 
         raise AdapterUnservable(
             f"the adapter's tokenizer.json is not a tokenizer: {str(error)[:200]}"
         ) from None
-
-
-def _regexes(node: Any) -> Iterator[str]:
-    """Every regular expression of a tokenizer's file, however it nests."""
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, dict):
-            if isinstance(regex := node.get("Regex"), str):
-                yield regex
-            stack += [value for name, value in node.items() if name != "vocab"]
-        elif isinstance(node, list) and not (node and isinstance(node[0], str)):
-            stack += node

@@ -44,7 +44,7 @@ async def _answer(
     info = service.engine.info
     async with AsyncExitStack() as stack:
         async with service.addressed(call.adapter, call.api_token, call.deadline) as to:
-            prompt_ids = await to.tokenizer.encode(call.inputs)
+            prompt_ids = await to.tokenizer.encode(call.inputs, field="inputs")
             requests = call.requests(prompt_ids, to.form.eos_token_ids, service.config, info)
             clock.validated(to.hold.seconds)
             sequences = await _start(service, stack, call, requests, to, clock)

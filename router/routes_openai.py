@@ -65,7 +65,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
         async def prompts(to: Addressee) -> list[_Prompt]:
             text = check_string("messages", await to.form.render(messages))
-            return [_Prompt(text, await to.tokenizer.encode(text, add_special_tokens=False))]
+            ids = await to.tokenizer.encode(text, field="messages", add_special_tokens=False)
+            return [_Prompt(text, ids)]
 
         writer = partial(ChatWriter, call)
         with service.concurrency.enter(call.best_of, "n"):
@@ -104,7 +105,7 @@ async def models(request: web.Request) -> web.Response:
 
 async def _prompt(to: Addressee, given: str | list[int], echo: bool) -> _Prompt:
     if isinstance(given, str):
-        return _Prompt(given, await to.tokenizer.encode(given))
+        return _Prompt(given, await to.tokenizer.encode(given, field="prompt"))
     check_token_ids(given, to.num_tokens)
     return _Prompt(None if echo else "", given)
 

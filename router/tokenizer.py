@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from tokenizers import Tokenizer as TokenizerFile
 
 from lorafleet.router.detokenizer import Detokenizer, Utf8Detokenizer, WindowDetokenizer
-from lorafleet.router.errors import InvalidRequest
+from lorafleet.router.errors import AdapterUnservable, InvalidRequest
 
 R = TypeVar("R")
 
@@ -30,7 +30,8 @@ class Span(NamedTuple):
 class Tokenizer:
     """The tokenizer of the base model, or of an adapter that has its own.
 
-    `special_ids` have no text in what is generated. Encoding has threads of its own, since a long
+    `special_ids` have no text in what is generated; texts of more than `max_characters` are not
+    encoded, None = any are. Encoding has threads of its own, since a long
     prompt takes tens of milliseconds; decoding a token takes microseconds and needs none.
     """
 
@@ -50,23 +51,29 @@ class Tokenizer:
         self._byte_ids = _byte_ids(self._file) if _has_byte_fallback(file.get("decoder")) else {}
         self._byte_level = (file.get("decoder") or {}).get("type") == "ByteLevel"
         self.pieces = _Pieces(self._byte_level_piece if self._byte_level else self._decoded_piece)
+        self.max_characters: int | None = None
         self._filler = self._find_filler()
         # Windows are a token or two, so the same ones come again and again.
         self._decode_window = lru_cache(_MAX_CACHED_WINDOWS)(self.decode)
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    async def encode(
+        self, text: str, *, field: str = "text", add_special_tokens: bool = True
+    ) -> list[int]:
         """Token ids of `text`, with the tokenizer's own special tokens around it if asked.
 
-        Raises InvalidRequest where it has none for this text.
+        Raises InvalidRequest, naming `field`, where it is too long, or has no tokens.
         """
-        try:
-            return await self.in_thread(self._encode, text, add_special_tokens)
-        except Exception as error:  # the library has no type of its own
-            reason = f"the tokenizer cannot encode this text: {str(error)[:200]}"
-            raise InvalidRequest(reason) from None
+        limit = self.max_characters
+        if limit is not None and len(text) > limit:
+            raise InvalidRequest(
+                f"`{field}` must have at most {limit} characters for an adapter that has its own "
+                f"tokenizer, got {len(text)}",
+                field,
+            )
+        return await self.in_thread(self._encode, text, add_special_tokens)
 
     async def spans(self, text: str, *, add_special_tokens: bool = True) -> list[Span]:
-        """Token ids of `text` and where each stands in it."""
+        """Token ids of `text` and where each stands in it. Raises InvalidRequest as `encode`."""
         return await self.in_thread(self._spans, text, add_special_tokens)
 
     async def in_thread(self, call: Callable[..., R], *args: Any) -> R:
@@ -97,24 +104,40 @@ class Tokenizer:
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # encode_batch_fast lets other threads run; encode does not.
-        [encoding] = self._file.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            [encoding] = self._file.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            _raise_unless_the_librarys(error)
+            raise _cannot_encode(error) from None
         ids: list[int] = encoding.ids
         return ids
 
     def _spans(self, text: str, add_special_tokens: bool) -> list[Span]:
-        [encoding] = self._file.encode_batch([text], add_special_tokens=add_special_tokens)
+        try:
+            [encoding] = self._file.encode_batch([text], add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            _raise_unless_the_librarys(error)
+            raise _cannot_encode(error) from None
         return [
             Span(id, *offsets) for id, offsets in zip(encoding.ids, encoding.offsets, strict=True)
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, special ones left out."""
-        text: str = self._file.decode(ids)
+        """The text of tokens, special ones left out. Raises AdapterUnservable if there is none."""
+        return self._decode(ids, skip_special_tokens=True)
+
+    def _decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        try:
+            text: str = self._file.decode(ids, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            _raise_unless_the_librarys(error)
+            reason = f"the tokenizer cannot decode these tokens: {str(error)[:200]}"
+            raise AdapterUnservable(reason) from None
         return text
 
     def _find_filler(self) -> list[int]:
         """A token that stands for whatever text comes before another token."""
-        ids = self._file.encode("a", add_special_tokens=False).ids
+        ids = self._encode("a", False)
         return [token_id for token_id in ids if token_id not in self.special_ids][:1]
 
     def _byte_level_piece(self, token_id: int) -> bytes:
@@ -128,8 +151,18 @@ class Tokenizer:
         if token_id in self._byte_ids:
             return bytes([self._byte_ids[token_id]])
         before = self.decode(self._filler)
-        text: str = self._file.decode([*self._filler, token_id], skip_special_tokens=False)
+        text = self._decode([*self._filler, token_id], skip_special_tokens=False)
         return text[len(before) :].encode()
+
+
+def _raise_unless_the_librarys(error: BaseException) -> None:
+    """The library has no type of its own, and its panics are no Exceptions: all others go on."""
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | asyncio.CancelledError):
+        raise error
+
+
+def _cannot_encode(error: BaseException) -> InvalidRequest:
+    return InvalidRequest(f"the tokenizer cannot encode this text: {str(error)[:200]}")
 
 
 class _Pieces(dict[int, bytes]):

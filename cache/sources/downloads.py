@@ -25,6 +25,14 @@ class Downloads:
         """Deletes the adapter's files."""
         self._disk.drop(key)
 
+    def was_read(self, key: AdapterKey) -> bool:
+        """Whether the download's adapter was read before, by whichever process."""
+        return self._disk.was_read(key)
+
+    def note_read(self, key: AdapterKey) -> None:
+        """The download's adapter was read."""
+        self._disk.note_read(key)
+
     def list(self) -> list[tuple[AdapterKey, Path]]:
         """Downloads that are public; the others need their source's word for each caller."""
         return [(d.key, self._disk.path(d.key)) for d in self._mine() if not d.is_restricted]

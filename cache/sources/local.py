@@ -53,6 +53,13 @@ class LocalSource:
     def drop(self, key: AdapterKey) -> None:
         """Nothing is forgotten: the directory is the operator's."""
 
+    def was_read(self, key: AdapterKey) -> bool:
+        """Always: what the operator put here may be read."""
+        return True
+
+    def note_read(self, key: AdapterKey) -> None:
+        """Nothing is written: the directory is the operator's."""
+
     def list(self) -> list[tuple[AdapterKey, Path]]:
         """Every directory with an adapter's config, at most two levels under the root."""
         if self._root is None:

@@ -36,6 +36,7 @@ from lorafleet.cache.weight_files import (
     PICKLE_FILES,
     WEIGHTS_FILE,
     adapter_files,
+    check_number_of_parts,
     parse_index,
 )
 from lorafleet.proto.messages import AdapterKey
@@ -120,7 +121,9 @@ class _Folder:
         if WEIGHTS_FILE not in heads:
             heads |= self._heads(INDEX_FILE)
             if INDEX_FILE in heads:
-                heads |= self._heads(*sorted(set(self._index().values())))
+                parts = sorted(set(self._index().values()))
+                check_number_of_parts(len(parts), self.name)
+                heads |= self._heads(*parts)
             else:
                 heads |= self._heads(*PICKLE_FILES)
             if not heads:

@@ -40,6 +40,12 @@ class AdapterSource(Protocol):
     def drop(self, key: AdapterKey) -> None:
         """Forgets the copy on this machine, where it is one."""
 
+    def was_read(self, key: AdapterKey) -> bool:
+        """Whether reading the adapter, as it is here now, is known to end."""
+
+    def note_read(self, key: AdapterKey) -> None:
+        """The adapter, as it is here now, was read."""
+
     def list(self) -> list[tuple[AdapterKey, Path]]:
         """Adapters anyone may use without a remote source being asked."""
 

@@ -132,6 +132,7 @@ def test_starting_points_that_keep_the_base_are_served(tmp_path: Path, init: Any
         ("alpha_pattern", {"x" * 257: 4}),
         ("alpha_pattern", {".*.*.*.*": 4}),
         ("alpha_pattern", {f".*{n}": 4 for n in range(33)}),
+        ("alpha_pattern", {f".*.*.*{n}": 4 for n in range(32)}),
     ],
 )
 def test_refusal_names_the_field(tmp_path: Path, field: str, value: Any) -> None:

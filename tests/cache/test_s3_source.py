@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import socket
@@ -26,8 +27,9 @@ from lorafleet.cache.errors import (
     SourceTimeout,
     SourceUnavailable,
 )
-from lorafleet.cache.sources.s3 import S3Source
+from lorafleet.cache.sources.s3 import S3Source, _Folder
 from lorafleet.cache.sources.source import Patience
+from lorafleet.cache.weight_files import INDEX_FILE
 from lorafleet.proto.messages import AdapterKey, FetchProgress
 from tests.cache.adapter_cases import (
     pickle_weights,
@@ -121,6 +123,26 @@ def test_downloads_every_file_of_sharded_weights(
     disk.drop(key)
     with pytest.raises(AdapterUnservable, match=r"has no adapter_config\.json"):
         S3Source(disk, server).fetch(key, "", ignore)
+
+
+def test_an_index_of_very_many_files_asks_for_none_of_them(
+    client: Any, server: str, disk: DiskTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {f"t{number}": f"adapter_model-{number}.safetensors" for number in range(1001)}
+    folder = split_weights(write_adapter(tmp_path / "many"))
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": parts}))
+    upload(client, folder, "team/many")
+    asked: list[str] = []
+    head = _Folder._head
+
+    def note(self: _Folder, name: str) -> Any:
+        asked.append(name)
+        return head(self, name)
+
+    monkeypatch.setattr(_Folder, "_head", note)
+    with pytest.raises(AdapterUnservable, match="more than 1000 files of weights"):
+        S3Source(disk, server).fetch(AdapterKey("s3", "s3://adapters/team/many"), "", ignore)
+    assert asked == [*FILES, INDEX_FILE]
 
 
 def test_downloads_pickled_weights_only_if_allowed(

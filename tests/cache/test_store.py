@@ -12,9 +12,11 @@ from threading import Event, Thread
 import pytest
 import torch
 
+from lorafleet.cache import store as store_module
 from lorafleet.cache.errors import AdapterFault, AdapterNotFound, AdapterUnservable, TierFull
 from lorafleet.cache.merging.recipe import Member, MergeRecipe
 from lorafleet.cache.packing import PackedAdapter
+from lorafleet.cache.sources.local import LocalSource
 from lorafleet.cache.store import AdapterStore
 from lorafleet.proto.flags import Bytes
 from lorafleet.proto.messages import (
@@ -371,6 +373,29 @@ def test_downloads_that_are_not_for_everyone_are_counted_and_not_shown(
     assert found.keys() == {HUB, bad}
     assert found[HUB] == AdapterInfo(HUB, "", 0, 0, held.disk_bytes, [], Tier.DISK, is_public=False)
     assert found[bad].disk_bytes > 0
+
+
+def test_a_download_that_a_process_died_of_is_not_read_at_the_next_start(
+    config: Settings, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "read_spec", die)
+        with pytest.raises(Killed):
+            fetch(open_store(config, hub), HUB, Tier.DISK)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalSource, "list", lambda _: [])
+        patch.setattr(store_module, "read_spec", die)
+        (found,) = open_store(config).list()
+    assert (found.key, found.is_public, found.rank) == (HUB, False, 0)
+    assert found.disk_bytes > 0
+    assert fetch(open_store(config, hub), HUB, Tier.DISK).disk_bytes == found.disk_bytes
+    assert [info.rank for info in open_store(config).list() if info.key == HUB] == [4]
 
 
 def test_an_unknown_source_is_named(store: AdapterStore) -> None:

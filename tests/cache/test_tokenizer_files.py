@@ -144,6 +144,9 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(
         ("tokenizer_config.json", b"[" * 100_000),
         ("special_tokens_map.json", b"3"),
         ("chat_template.jinja", b"\xff\xfe"),
+        ("tokenizer.json", b'{"x": [' + b"[]," * 200_000 + b"[]]}"),
+        ("tokenizer.json", b'{"x": [' + b'"abcdefg",' * 3_000_000 + b"1]}"),
+        ("tokenizer_config.json", b'{"x": [' + b"[]," * 200_000 + b"[]]}"),
     ],
 )
 def test_what_is_no_tokenizer_is_named(tmp_path: Path, name: str, content: bytes) -> None:

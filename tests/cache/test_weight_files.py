@@ -97,7 +97,8 @@ def test_a_part_that_is_not_there_or_not_whole_is_named(tmp_path: Path) -> None:
         (lambda index: b"{", "not valid JSON"),
         (lambda index: b"[" * 100_000, "not valid JSON"),
         (lambda index: b" " * ((16 << 20) + 1), "larger than"),
-        (lambda index: b"[]", "no weight_map"),
+        (lambda index: b"[]", "not a JSON object"),
+        (lambda index: b'{"a": [' + b"[]," * 200_000 + b"[]]}", "200003 lists and objects"),
         (lambda index: {}, "no weight_map"),
         (lambda index: {"weight_map": {"a": 1}}, "no weight_map"),
         (lambda index: {"weight_map": {"a": "../adapter_model-1.safetensors"}}, "names the file"),
@@ -161,6 +162,20 @@ def longer_than_its_record() -> bytes:
     return out.getvalue()
 
 
+def shared_tuples(depth: int) -> bytes:
+    """An archive with a key of 2 to the power of `depth` parts, in a few bytes for each."""
+    doubled = b"".join(
+        b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) + b"a"
+        for i in range(1, depth + 1)
+    )
+    return with_pickle(b"\x80\x02]q\x00)q\x01a" + doubled + b"}h" + bytes([depth + 1]) + b"K\x00s.")
+
+
+def behind_the_older_format() -> bytes:
+    """Which torch reads by a file's first bytes, where a zip archive is found by its last."""
+    return _legacy(tensors_of()) + saved(tensors_of())
+
+
 NAME = next(iter(tensors_of()))
 HOSTILE: dict[str, Callable[[Path], bytes]] = {
     "a call": lambda trap: with_pickle(pickle.dumps({NAME: Hostile(trap)}, protocol=2)),
@@ -177,6 +192,12 @@ HOSTILE: dict[str, Callable[[Path], bytes]] = {
     "integers": lambda trap: saved(tensors_of() | {NAME: torch.zeros(4, 32, dtype=torch.int64)}),
     "other shapes": lambda trap: saved(tensors_of() | {NAME: torch.zeros(5, 32)}),
     "nothing": lambda trap: b"",
+    "tuples in tuples": lambda trap: shared_tuples(16),
+    "tuples in a tuple, deep": lambda trap: with_pickle(
+        b"\x80\x02})" + b"\x85" * 2000 + b"K\x00s."
+    ),
+    "a vast pickle": lambda trap: with_pickle(b"\x80\x02" + b"N0" * (8 << 20) + b"}."),
+    "another archive behind it": lambda trap: behind_the_older_format(),
     "cut short": lambda trap: saved(tensors_of())[:-100],
 }
 
@@ -194,6 +215,16 @@ def test_a_hostile_pickle_executes_nothing(name: str, tmp_path: Path) -> None:
     sentence = refusal(directory)
     assert not (tmp_path / "trap").exists()
     assert "adapter_model.bin" in sentence or "lora_A of" in sentence
+
+
+@pytest.mark.parametrize("depth", [12, 16])
+def test_objects_larger_than_a_tensor_are_not_made(
+    depth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = pickle_weights(write_adapter(tmp_path / "adapter"))
+    (directory / "adapter_model.bin").write_bytes(shared_tuples(depth))
+    monkeypatch.setattr(torch, "load", None)
+    assert "more than 1000 parts" in refusal(directory)
 
 
 def test_a_compressed_archive_is_refused_unread(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from tests.cache.archive_cases import CONFIG, FILES, REFUSED, WEIGHTS, tar_of, zip_of
+from tests.fake_tokenizer import tokenizer_json
 
 Header = dict[str, Any]
 _GIGABYTE = 10**9
@@ -236,10 +237,30 @@ def _wild_pattern(random: Random, good: Good, folder: Path) -> str:
             "*",
             "\\",
             ".*" * 9,
+            "(?x)(?:.+) +!",
+            "(?x:(?:.+) +)!",
+            "(?:.+)(?#)+!",
         ]
     )
     _edit(good, folder, **{random.choice(["rank_pattern", "alpha_pattern"]): {pattern: 8}})
     return "_pattern .*(too complex|not a regular expression)"
+
+
+def _wild_tokenizer(random: Random, good: Good, folder: Path) -> str:
+    """One that makes texts very long, takes very long over them, or is very large in memory."""
+    doubles = [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 30
+    regex = {"type": "Split", "pattern": {"Regex": "(?x:(?:q|q) +)[!?]"}, "behavior": "Isolated"}
+    file = json.loads(tokenizer_json())
+    changes: dict[str, Any] = random.choice(
+        [{"normalizer": {"type": "Sequence", "normalizers": doubles}},
+         {"decoder": {"type": "Sequence", "decoders": doubles}},
+         {"decoder": doubles[0]},
+         {"pre_tokenizer": regex | {"invert": False}},
+         {"model": {"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 10**7}},
+         {"x": [[]] * 1_000_000}]
+    )  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(file | changes))
+    return "tokenizer.json"
 
 
 def _config_of_rubbish(random: Random, good: Good, folder: Path) -> str:
@@ -389,7 +410,8 @@ FOLDERS: tuple[Damage, ...] = (
     _doubled_config_keys, _wild_offsets, _same_bytes_for_all, _more_at_the_end, _lying_type,
     _wrong_shape, _not_finite, _too_large, _absurd_rank, _absurd_alpha, _other_rank, _wild_pattern,
     _config_of_rubbish, _vast_config, _what_is_not_served, _many_tensors, _unknown_modules,
-    _half_a_pair, _pickle_bomb, _no_regular_file, _missing, _links_out, _link_out, _hard_link,
+    _half_a_pair, _pickle_bomb, _wild_tokenizer, _no_regular_file, _missing, _links_out,
+    _link_out, _hard_link,
 )  # fmt: skip
 # What is in the files themselves, so that it can come over a network.
 DOWNLOADS: tuple[Damage, ...] = (

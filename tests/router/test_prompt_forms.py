@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from lorafleet.proto.messages import AdapterKey, AdapterTokenizer
 from lorafleet.router import prompt_forms
+from lorafleet.router.prompt import max_total_tokens
 from lorafleet.router.service import SERVICE
 from tests import fake_tokenizer
 from tests.fake_tokenizer import VOCAB_SIZE
@@ -161,6 +162,28 @@ async def test_regular_expressions_that_may_never_end_are_refused() -> None:
         split["pattern"] = {"Regex": r"\p{N}{1,3}"}
         name = ship(service, 2, files("b", json.dumps(file).encode()))
         await service.generate("a", adapter_id=name, max_new_tokens=1)
+
+
+async def test_texts_that_are_too_long_for_any_prompt_are_not_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serving() as service:
+        forms = service.client.app[SERVICE].forms
+        limit = 16 * max_total_tokens(service.engine.info)
+        name = ship(service, 1, files("a", extended(NEW)))
+        await service.generate("a", adapter_id=name, max_new_tokens=1)
+        (form,) = forms._forms.values()
+        monkeypatch.setattr(form.tokenizer, "_encode", None)  # whoever asks for it fails
+        text = "a" * (limit + 1)
+        asked: dict[str, dict[str, Any]] = {
+            "prompt": {"model": name, "prompt": text},
+            "messages": {"model": name, "messages": [{"role": "user", "content": text}]},
+            "inputs": {"inputs": text, "parameters": {"adapter_id": name}},
+        }
+        paths = ("/v1/completions", "/v1/chat/completions", "/generate")
+        for path, (field, body) in zip(paths, asked.items(), strict=True):
+            refused = str(await service.json(path, body, status=422))
+            assert f"`{field}` must have at most {limit} characters" in refused
 
 
 async def test_files_that_changed_are_not_used() -> None:

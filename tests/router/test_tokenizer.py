@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import decoders, models
 
+from lorafleet.router.errors import AdapterUnservable, InvalidRequest
 from lorafleet.router.tokenizer import Tokenizer
 from tests.router.tokenizers_for_tests import byte_level, llama_style, metaspace, word_piece
 
@@ -141,6 +142,34 @@ async def test_encoding_ignores_the_files_truncation_and_padding() -> None:
     file.enable_padding(length=8)
     tokenizer = Tokenizer(file.to_str().encode(), 1)
     assert await tokenizer.encode("hello world") == byte_level().encode("hello world").ids
+
+
+async def test_a_panic_of_the_library_is_an_error_of_its_request() -> None:
+    """Here of a regular expression that gives up; a panic is no Exception."""
+    file = json.loads(byte_level().to_str())
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    file["pre_tokenizer"] = split | {"pattern": {"Regex": "(?x:(?:q|q) +)[!?]"}}
+    tokenizer = Tokenizer(json.dumps(file).encode(), 1)
+    for call in (tokenizer.encode, tokenizer.spans):
+        with pytest.raises(InvalidRequest, match="cannot encode this text"):
+            await call("q" * 40)
+    assert await tokenizer.encode("q") == byte_level().encode("q").ids
+
+
+def test_a_panic_while_text_is_made_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        pass
+
+    class Panicking:
+        def decode(self, *_: object, **__: object) -> str:
+            raise Panic("at the disco")
+
+    tokenizer = Tokenizer(llama_style().to_str().encode(), 1)
+    monkeypatch.setattr(tokenizer, "_file", Panicking())
+    with pytest.raises(AdapterUnservable, match="cannot decode these tokens: at the disco"):
+        tokenizer.detokenizer([]).step(id_of(llama_style, "▁hello"))
+    with pytest.raises(AdapterUnservable):
+        tokenizer.token_text(id_of(llama_style, "▁hello"))
 
 
 async def test_spans_say_where_tokens_stand() -> None:
