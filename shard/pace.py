@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-SHARE = 0.05  # of one core, all fetches together
+SHARE = 0.03  # of one core, all fetches together
 FREE_SECONDS = 0.05  # of CPU that each fetch has first: small adapters come as fast as they can
 STEP_SECONDS = 1.0  # since the last step: then nobody waits for a next one
 _NAP_SECONDS = 0.05  # after which a sleeping fetch looks whether steps still run
