@@ -40,12 +40,13 @@ class AdapterNames:
             return AdapterKey(source, name, revision)
         return self._in_one_spelling(AdapterKey(source, adapter_id))
 
-    def own(self, name: str) -> AdapterKey | None:
-        """The adapter whose id, at its source, a name is by itself; None where it is no id."""
+    def hidden_by(self, alias: str, key: AdapterKey) -> AdapterKey | None:
+        """The other adapter whose id an alias of `key` is, if one could have it."""
         try:
-            return self.key(self.default_source, name)
+            own = self.key(self.default_source, alias)
         except ValueError:
             return None
+        return own if own != key else None
 
     def _merge(self, text: str) -> AdapterKey:
         merge = recipe.MergeRecipe.parse(text)

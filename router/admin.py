@@ -8,7 +8,7 @@ from functools import wraps
 from ipaddress import IPv6Address, ip_address
 from urllib.parse import urlsplit
 
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion, HttpVersion11, web
 from aiohttp.typedefs import Handler
 
 from lorafleet.router.errors import AdminForbidden, AdminUnauthorized, RequestError
@@ -27,23 +27,26 @@ def admin_only(handler: Handler) -> Handler:
     @wraps(handler)
     async def checked(request: web.Request) -> web.StreamResponse:
         key = request.app[SERVICE].config.admin_api_key
-        if not key and request.version < HttpVersion11:  # nginx, which adds no header by itself
-            raise AdminForbidden()
-        if error := refusal_of(key, request.remote, request.headers):
+        if error := refusal_of(key, request.remote, request.headers, request.version):
             raise error
         return await handler(request)
 
     return checked
 
 
-def refusal_of(key: str, remote: str | None, headers: Mapping[str, str]) -> RequestError | None:
+def refusal_of(
+    key: str,
+    remote: str | None,
+    headers: Mapping[str, str],
+    version: HttpVersion = HttpVersion11,
+) -> RequestError | None:
     """Why a caller is refused, None if it may go on. `key` "" is a service without admin key."""
     if key:
         return None if _has_key(key, headers) else AdminUnauthorized()
     is_local = _is_loopback(remote) and _names_this_machine(headers.get("Host", ""))
-    if not is_local or any(name in headers for name in _NOT_FROM_HERE):
-        return AdminForbidden()
-    return None
+    # nginx speaks the older HTTP, and adds no header by itself.
+    is_passed_on = version < HttpVersion11 or any(name in headers for name in _NOT_FROM_HERE)
+    return None if is_local and not is_passed_on else AdminForbidden()
 
 
 def _names_this_machine(host: str) -> bool:

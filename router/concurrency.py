@@ -31,11 +31,6 @@ class Concurrency:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    @property
-    def num_requests(self) -> int:
-        """Requests that have arrived and not left."""
-        return self._num_requests
-
     @contextmanager
     def arrive(self) -> Iterator[None]:
         """A request's stay. Raises Draining when no more are taken, Overloaded at the limit."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from typing import Any
 
 from lorafleet.proto.messages import AdapterKey, Tier
 from lorafleet.router.adapter import Adapter
@@ -71,9 +72,7 @@ class AdapterControl:
             return
         self._on_device[adapter.key] = adapter
         self._device.ledger.unkeep(before)
-        task = asyncio.create_task(self._follow(adapter))
-        self._tasks.add(task)
-        task.add_done_callback(self._forget)
+        self._start(self._follow(adapter))
 
     async def _follow(self, adapter: Adapter) -> None:
         with adapter.pin(), suppress(NoAdapterRoom):
@@ -89,10 +88,13 @@ class AdapterControl:
         that finds no room beside them. Goes on if the caller leaves, since what is pinned must be
         loaded. Raises what `load` and `pin` do.
         """
-        task = asyncio.create_task(self._reload(key, api_token))
+        await asyncio.shield(self._start(self._reload(key, api_token)))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._forget)
-        await asyncio.shield(task)
+        return task
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -138,7 +140,7 @@ class AdapterControl:
         await self._directory.drop(key)
 
     async def close(self) -> None:
-        """Cancels reloads under way."""
+        """Cancels what goes on without its caller."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -75,8 +75,8 @@ def configured_names(config: RouterConfig, info: ShardInfo) -> AdapterNames:
 
 
 async def _check_aliases(engine: Engine, config: RouterConfig) -> None:
-    known = {status.key for status in await engine.all_adapters()}
     names = configured_names(config, engine.info)
     for alias, key in names.aliases:
-        if names.own(alias) not in (None, key) and names.own(alias) in known:
+        hidden = names.hidden_by(alias, key)
+        if hidden is not None and await engine.holds(hidden):
             raise ValueError(f"--adapter-aliases {alias}: this is the name of an adapter")

@@ -14,6 +14,7 @@ from lorafleet.router.fields import Fields, refusal
 BASE_MODEL = "__base_model__"  # LoRAX's name for no adapter
 SOURCES = ("local", "hub", "s3", "http", recipe.SOURCE)
 MAX_ID_LENGTH = 512
+_CHARACTERS_A_TOKEN = 16  # tokens of today's vocabularies have about four
 # What people write where an OpenAI client insists on a key.
 _PLACEHOLDER_KEYS = frozenset(
     ("", "-", "empty", "none", "null", "dummy", "no-key", "sk-no-key-required")
@@ -38,6 +39,11 @@ def max_prompt_tokens(config: RouterConfig, info: ShardInfo) -> int:
     """Tokens a prompt may have; one is left to generate."""
     limit = max_total_tokens(info) - 1
     return min(config.max_input_length, limit) if config.max_input_length else limit
+
+
+def max_characters(info: ShardInfo) -> int:
+    """Characters a text may have that is to be the longest sequence: many for each token."""
+    return _CHARACTERS_A_TOKEN * max_total_tokens(info)
 
 
 def fit(

@@ -12,12 +12,9 @@ from lorafleet.cache.tokenizer_files import is_same_tokenizer
 from lorafleet.proto.messages import AdapterTokenizer, ShardInfo
 from lorafleet.router.chat import ChatTemplate, special_tokens, template_source
 from lorafleet.router.errors import AdapterUnservable
-from lorafleet.router.prompt import max_total_tokens
+from lorafleet.router.prompt import max_characters
 from lorafleet.router.tokenizer import Tokenizer
 from lorafleet.router.tokenizer_check import check_tokenizer, check_values, read_tokenizer_file
-
-# An adapter's own tokenizer may make few tokens of a long text, and take long over it.
-_MAX_CHARACTERS_PER_TOKEN = 16
 
 Render = Callable[[list[dict[str, Any]]], Awaitable[str]]
 
@@ -37,7 +34,7 @@ class BaseForm:
 
     def __init__(self, info: ShardInfo, num_threads: int) -> None:
         self._file = info.tokenizer_json
-        self._max_characters = _MAX_CHARACTERS_PER_TOKEN * max_total_tokens(info)
+        self._max_characters = max_characters(info)
         self._config = json.loads(info.tokenizer_config_json or b"{}")
         tokenizer, template = Tokenizer(self._file, num_threads), ChatTemplate(self._config)
 
@@ -59,8 +56,9 @@ class BaseForm:
         config = json.loads(files.tokenizer_config_json or b"{}")
         tokenizer, nbytes = self.form.tokenizer, 0
         if files.tokenizer_json and not self._is_same(files.tokenizer_json):
-            tokenizer = open_tokenizer(files.tokenizer_json, self._file, threads)
-            tokenizer.max_characters = self._max_characters
+            tokenizer = open_tokenizer(
+                files.tokenizer_json, self._file, threads, self._max_characters
+            )
             nbytes = len(files.tokenizer_json)
         return PromptForm(
             tokenizer, self._render(config, render), self._eos(tokenizer, config), nbytes
@@ -93,14 +91,19 @@ class BaseForm:
         return self.form.eos_token_ids | ({own} if own is not None else set())
 
 
-def open_tokenizer(data: bytes, base: bytes, threads: int | ThreadPoolExecutor) -> Tokenizer:
+def open_tokenizer(
+    data: bytes,
+    base: bytes,
+    threads: int | ThreadPoolExecutor,
+    max_characters: int | None = None,
+) -> Tokenizer:
     """The tokenizer an adapter ships, `base` being the base model's file.
 
     Raises AdapterUnservable.
     """
     check_tokenizer(read_tokenizer_file(data), json.loads(base))
     try:
-        return Tokenizer(data, threads)
+        return Tokenizer(data, threads, max_characters)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library's panics are no Exceptions

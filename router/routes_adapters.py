@@ -61,7 +61,7 @@ async def drop_adapter(request: web.Request) -> web.Response:
     fields = Fields(dict(request.query) | {"adapter_id": request.match_info["id"]})
     key = read_key(fields, "adapter_id", service.names)
     aliases = service.aliases.names_of(key)
-    if not aliases and not await service.is_known(key):
+    if not aliases and not await service.engine.holds(key):
         raise AdapterNotFound(f"there is no adapter {key} here")
     for alias in aliases:
         service.aliases.remove(alias)

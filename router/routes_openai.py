@@ -84,18 +84,18 @@ async def models(request: web.Request) -> web.Response:
     card = {"object": "model", "created": service.started_at, "owned_by": "lorafleet"}
     base = {"root": info.model_id, "parent": None, "max_model_len": info.max_model_len}
     tiers = {status.key: status.tier for status in service.engine.stats().adapters}
+    public = [a for a in await service.engine.adapters() if a.key.source != recipe.SOURCE]
+    named = {adapter.key for adapter in public}
     adapters = [
         card
         | {"id": str(adapter.key), "root": adapter.key.id, "parent": info.model_id}
         | {"source": adapter.key.source, "rank": adapter.rank}
         | {"tier": tiers.get(adapter.key, adapter.tier).name.lower()}
-        for adapter in await service.engine.adapters()
-        if adapter.key.source != recipe.SOURCE
+        for adapter in public
     ]
-    public = {adapter["id"] for adapter in adapters}
     aliases = [
         card
-        | {"id": name, "root": str(key) if str(key) in public else name}
+        | {"id": name, "root": str(key) if key in named else name}
         | {"parent": info.model_id, "source": key.source}
         for name, key in service.aliases
     ]
@@ -126,17 +126,18 @@ async def _respond(
                 _requests(service, call, to, prompt.ids, prompt_field) for prompt in prompts
             ]
             clock.validated(to.hold.seconds)
+            texts = [_text(prompt, to.tokenizer) for prompt in prompts]
             choices = [
                 Choice(
                     index=0,
-                    prompt_text=_text(prompt, to.tokenizer),
+                    prompt_text=text,
                     request=one,
                     generation=await service.start(stack, one, to),
                     completion=service.completion(
                         one, to.tokenizer, call.stops, clock.received_at, keep_stops=False
                     ),
                 )
-                for prompt, best_of in zip(prompts, requests, strict=True)
+                for text, best_of in zip(texts, requests, strict=True)
                 for one in best_of
             ]
         writer = make_writer(to.tokenizer)

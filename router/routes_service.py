@@ -9,13 +9,13 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from lorafleet.router.body import read_fields, to_json
-from lorafleet.router.fields import check_string, refusal
-from lorafleet.router.prompt import max_prompt_tokens, max_total_tokens
+from lorafleet.router.errors import InvalidRequest
+from lorafleet.router.fields import check_string
+from lorafleet.router.prompt import max_characters, max_prompt_tokens, max_total_tokens
 from lorafleet.router.service import SERVICE
 from lorafleet.router.tokenizer import Span
 
-_MAX_CHARACTERS = 1 << 18  # that /tokenize takes, or _CHARACTERS_A_TOKEN of the longest sequence
-_CHARACTERS_A_TOKEN = 16
+_MAX_CHARACTERS = 1 << 18  # that /tokenize takes, or those of the longest sequence
 
 
 async def info(request: web.Request) -> web.Response:
@@ -67,9 +67,11 @@ async def tokenize(request: web.Request) -> web.Response:
     with service.concurrency.arrive():
         fields = await read_fields(request)
         inputs = check_string("inputs", fields.required("inputs"))
-        longest = max(_MAX_CHARACTERS, _CHARACTERS_A_TOKEN * max_total_tokens(service.engine.info))
+        longest = max(_MAX_CHARACTERS, max_characters(service.engine.info))
         if len(inputs) > longest:
-            raise refusal("inputs", f"at most {longest} characters", f"{len(inputs)} characters")
+            raise InvalidRequest(
+                f"`inputs` must have at most {longest} characters, got {len(inputs)}", "inputs"
+            )
         special = fields.boolean("add_special_tokens", True)
         tokenizer = service.forms.base.tokenizer
         with service.concurrency.enter():

@@ -86,16 +86,10 @@ class Service:
         """Names that operators gave."""
         return self.names.aliases
 
-    async def is_known(self, key: AdapterKey) -> bool:
-        """Whether an adapter is loaded, or on the shards' disks, for anybody."""
-        return await self.engine.holds(key)
-
     async def check_hides_nothing(self, field: str, alias: str, key: AdapterKey) -> None:
         """Raises InvalidRequest if a new alias of `key` were to take another adapter's name."""
-        hidden = self.names.own(alias)
-        if alias in self.aliases or hidden in (None, key):
-            return
-        if await self.is_known(hidden):
+        hidden = self.names.hidden_by(alias, key) if alias not in self.aliases else None
+        if hidden is not None and await self.engine.holds(hidden):
             raise InvalidRequest(f"`{field}` {alias!r} is the name of an adapter", field)
 
     @asynccontextmanager

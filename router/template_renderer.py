@@ -17,34 +17,37 @@ from lorafleet.router.template_process import LENGTH_BYTES
 _COMMAND = (sys.executable, "-P", "-m", "lorafleet.router.template_process")
 _SECONDS = 5.0  # for one rendering; templates take milliseconds
 _REST_SECONDS = 60.0  # in which a template that took longer is not tried again
+_LONG_BYTES = 1 << 16  # of messages that may be to blame themselves for the time they take
 
 
 class TemplateRenderer:
     """Owns the processes, which are started when they are first needed and used again.
 
     A template that takes too long would keep the others waiting with each request for it, so it is
-    refused for a while.
+    refused for a while; after messages that were long, so are only such.
     """
 
     def __init__(self, num_processes: int, seconds: float = _SECONDS) -> None:
         self._seconds = seconds
         self._places = asyncio.Semaphore(num_processes)
         self._idle: list[Process] = []
-        self._resting: dict[bytes, float] = {}  # until when, by digest; those that rest now
+        # Until when, by the template's digest and whether messages are long; those that rest now.
+        self._resting: dict[tuple[bytes, bool], float] = {}
 
     async def render(self, config: dict[str, Any], messages: list[dict[str, Any]]) -> str:
         """The prompt by a tokenizer configuration's template. Raises TemplateFailed."""
-        digest = sha256(json.dumps(config).encode()).digest()
-        data = json.dumps({"config": config, "messages": messages}).encode()
+        template, said = json.dumps(config), json.dumps(messages)
+        kind = sha256(template.encode()).digest(), len(said) > _LONG_BYTES
+        data = f'{{"config": {template}, "messages": {said}}}'.encode()
         async with self._places:
-            self._check_rests_not(digest)
+            self._check_rests_not(kind)
             process = self._idle.pop() if self._idle else await _start()
             try:
                 async with asyncio.timeout(self._seconds):
                     answer = await _ask(process, data)
             except TimeoutError:
                 await _kill(process)
-                self._resting[digest] = time.monotonic() + _REST_SECONDS
+                self._resting[kind] = time.monotonic() + _REST_SECONDS
                 raise _failed(f"the chat template takes more than {self._seconds:g} s") from None
             except (asyncio.IncompleteReadError, ConnectionError):
                 await _kill(process)
@@ -57,10 +60,10 @@ class TemplateRenderer:
             raise _failed(answer["error"])
         return answer["text"]
 
-    def _check_rests_not(self, digest: bytes) -> None:
+    def _check_rests_not(self, kind: tuple[bytes, bool]) -> None:
         now = time.monotonic()
-        self._resting = {d: until for d, until in self._resting.items() if until > now}
-        if digest in self._resting:
+        self._resting = {k: until for k, until in self._resting.items() if until > now}
+        if kind in self._resting:
             raise _failed(f"the chat template took more than {self._seconds:g} s a short time ago")
 
     async def close(self) -> None:

@@ -30,13 +30,22 @@ class Span(NamedTuple):
 class Tokenizer:
     """The tokenizer of the base model, or of an adapter that has its own.
 
-    `special_ids` have no text in what is generated; texts of more than `max_characters` are not
-    encoded, None = any are. Encoding has threads of its own, since a long
+    `special_ids` have no text in what is generated. Encoding has threads of its own, since a long
     prompt takes tens of milliseconds; decoding a token takes microseconds and needs none.
     """
 
-    def __init__(self, tokenizer_json: bytes, threads: int | ThreadPoolExecutor) -> None:
-        """`threads`: how many it has, or those it shares with others."""
+    def __init__(
+        self,
+        tokenizer_json: bytes,
+        threads: int | ThreadPoolExecutor,
+        max_characters: int | None = None,
+    ) -> None:
+        """`threads`: how many it has, or those it shares with others.
+
+        `max_characters`: of a text that is encoded, which somebody else's tokenizer may take long
+        over however few tokens it makes of it; None = any.
+        """
+        self._max_characters = max_characters
         file = json.loads(tokenizer_json)
         self._file = TokenizerFile.from_str(tokenizer_json.decode())
         self._file.no_truncation()
@@ -51,7 +60,6 @@ class Tokenizer:
         self._byte_ids = _byte_ids(self._file) if _has_byte_fallback(file.get("decoder")) else {}
         self._byte_level = (file.get("decoder") or {}).get("type") == "ByteLevel"
         self.pieces = _Pieces(self._byte_level_piece if self._byte_level else self._decoded_piece)
-        self.max_characters: int | None = None
         self._filler = self._find_filler()
         # Windows are a token or two, so the same ones come again and again.
         self._decode_window = lru_cache(_MAX_CACHED_WINDOWS)(self.decode)
@@ -63,7 +71,7 @@ class Tokenizer:
 
         Raises InvalidRequest, naming `field`, where it is too long, or has no tokens.
         """
-        limit = self.max_characters
+        limit = self._max_characters
         if limit is not None and len(text) > limit:
             raise InvalidRequest(
                 f"`{field}` must have at most {limit} characters for an adapter that has its own "
@@ -104,23 +112,24 @@ class Tokenizer:
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # encode_batch_fast lets other threads run; encode does not.
-        try:
-            [encoding] = self._file.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        except BaseException as error:
-            _raise_unless_the_librarys(error)
-            raise _cannot_encode(error) from None
+        encoding = self._encoding(self._file.encode_batch_fast, text, add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
 
     def _spans(self, text: str, add_special_tokens: bool) -> list[Span]:
-        try:
-            [encoding] = self._file.encode_batch([text], add_special_tokens=add_special_tokens)
-        except BaseException as error:
-            _raise_unless_the_librarys(error)
-            raise _cannot_encode(error) from None
+        encoding = self._encoding(self._file.encode_batch, text, add_special_tokens)
         return [
             Span(id, *offsets) for id, offsets in zip(encoding.ids, encoding.offsets, strict=True)
         ]
+
+    def _encoding(self, batch: Callable[..., Any], text: str, add_special_tokens: bool) -> Any:
+        try:
+            [encoding] = batch([text], add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            _raise_unless_the_librarys(error)
+            reason = f"the tokenizer cannot encode this text: {str(error)[:200]}"
+            raise InvalidRequest(reason) from None
+        return encoding
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out. Raises AdapterUnservable if there is none."""
@@ -159,10 +168,6 @@ def _raise_unless_the_librarys(error: BaseException) -> None:
     """The library has no type of its own, and its panics are no Exceptions: all others go on."""
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | asyncio.CancelledError):
         raise error
-
-
-def _cannot_encode(error: BaseException) -> InvalidRequest:
-    return InvalidRequest(f"the tokenizer cannot encode this text: {str(error)[:200]}")
 
 
 class _Pieces(dict[int, bytes]):

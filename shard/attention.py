@@ -109,7 +109,10 @@ class AttentionBatch:
         return output
 
     def _foreign(self) -> torch.Tensor:
-        """Which of [num_decodes * keys] lie behind their row's own: int64."""
+        """Which of [num_decodes * keys] lie behind their row's own: int64.
+
+        Indices, since `masked_fill_` takes four times as long as `index_fill_` on a CPU.
+        """
         if self.decode_foreign is None:
             positions = torch.arange(_num_keys(self.decode_pages), device=self.locations.device)
             is_foreign = positions >= self.decode_lengths.unsqueeze(1)

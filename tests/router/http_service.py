@@ -83,6 +83,19 @@ async def serving(
         await engine.close()
 
 
+async def listed(service: Running) -> dict[str, Any]:
+    """/v1/adapters, by id."""
+    response = await service.client.get("/v1/adapters")
+    assert response.status == 200, await response.text()
+    return {adapter["id"]: adapter for adapter in (await response.json())["data"]}
+
+
+async def delete(service: Running, path: str) -> tuple[int, Any]:
+    """The status and the answer."""
+    response: ClientResponse = await service.client.delete(path)
+    return response.status, await response.json()
+
+
 async def sent(service: Running, text: str) -> str:
     """The first line of the answer to what no client library sends."""
     server = service.client.server

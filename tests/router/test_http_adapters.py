@@ -7,7 +7,6 @@ import logging
 from typing import Any
 
 import pytest
-from aiohttp import ClientResponse
 
 from lorafleet.proto.messages import AdapterKey, Tier
 from lorafleet.router.admin import refusal_of
@@ -15,21 +14,10 @@ from lorafleet.router.config import RouterConfig
 from lorafleet.router.preload import configured_names, preload
 from tests.fake_model import FakeModel
 from tests.fakes import SECRET, FakeConfig
-from tests.router.http_service import Running, parse_frames, sent, serving, until
+from tests.router.http_service import delete, listed, parse_frames, sent, serving, until
 
 BYTES = 4096  # of adapter-0, -3, -6, ...; adapter-1, -4, ... take twice, adapter-2, -5, ... thrice
 ADMIN = "key-of-the-admin"
-
-
-async def listed(service: Running) -> dict[str, Any]:
-    response = await service.client.get("/v1/adapters")
-    assert response.status == 200, await response.text()
-    return {adapter["id"]: adapter for adapter in (await response.json())["data"]}
-
-
-async def delete(service: Running, path: str) -> tuple[int, Any]:
-    response: ClientResponse = await service.client.delete(path)
-    return response.status, await response.json()
 
 
 async def test_load_shows_everything_known_of_an_adapter() -> None:

@@ -105,7 +105,7 @@ async def test_a_body_that_does_not_come_takes_no_place(monkeypatch: pytest.Monk
         head = "POST /generate HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{"
         slow = [asyncio.create_task(sent(service, head)) for _ in range(3)]
         concurrency = service.client.app[SERVICE].concurrency
-        await until(lambda: concurrency.num_requests == 3)
+        await until(lambda: concurrency._num_requests == 3)
         assert (await service.post("/generate", {"inputs": "a"})).status == 200
         assert {(await answer).split()[1] for answer in slow} == {"408"}
 
@@ -136,7 +136,7 @@ async def test_ids_over_the_limit_are_not_decoded(monkeypatch: pytest.MonkeyPatc
 async def test_a_text_too_long_to_tokenize_is_422() -> None:
     async with serving() as service:
         answer = await service.json("/tokenize", {"inputs": "a" * (2**18 + 1)}, status=422)
-        assert answer["error"].startswith("`inputs` must be at most 262144 characters")
+        assert answer["error"].startswith("`inputs` must have at most 262144 characters")
         assert len(await service.json("/tokenize", {"inputs": "ab"})) == 2
 
 

@@ -12,9 +12,8 @@ from lorafleet.router.config import RouterConfig
 from lorafleet.router.engine import Engine
 from lorafleet.router.preload import preload
 from tests.fakes import SECRET, FakeConfig, FakeShard
-from tests.router.http_service import serving, until
+from tests.router.http_service import delete, listed, serving, until
 from tests.router.test_adapters import BYTES
-from tests.router.test_http_adapters import delete, listed
 from tests.router.test_merged_adapters import MERGE
 
 KEY = AdapterKey("local", "adapter-1")
