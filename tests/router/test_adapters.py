@@ -328,3 +328,18 @@ async def test_a_cancelled_request_leaves_no_pin() -> None:
 async def fetched(shard: FakeShard, name: str, times: int = 1) -> None:
     """Returns once the shard has been asked for an adapter so many times."""
     await shard.saw(lambda: sum(fetch.key.id == name for fetch in shard.fetches) >= times)
+
+
+async def test_a_check_whose_caller_left_keeps_what_it_looks_at() -> None:
+    """Whoever needs disk room would else wait for it to be dropped, and so for its source."""
+    with FakeShard() as shard:
+        async with directory_of(shard) as (directory, _):
+            (await directory.acquire(hub("adapter-1"), "")).close()
+            shard.fetching.close()
+            caller = asyncio.create_task(directory.reload(hub("adapter-1"), ""))
+            await shard.saw(lambda: len(shard.fetches) == 3)
+            caller.cancel()
+            await asyncio.gather(caller, return_exceptions=True)
+            assert directory._is_disk_pinned(hub("adapter-1"))
+            shard.fetching.open()
+            await directory.tiers.until(lambda: not directory._is_disk_pinned(hub("adapter-1")))

@@ -225,6 +225,21 @@ async def test_a_hostile_template_harms_nobody(template: str) -> None:
         assert answer["choices"][0]["message"]["content"] == "ok "
 
 
+async def test_a_file_that_takes_much_memory_is_not_parsed_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def parse(*_: bytes) -> bool:
+        raise AssertionError("it was parsed")
+
+    async with serving() as service:
+        bomb = b'{"x":[' + b"[]," * 120_000 + b"[]]}"
+        name = ship(service, 1, files("a", bomb))
+        monkeypatch.setattr("lorafleet.router.prompt_form.is_same_tokenizer", parse)
+        body = {"inputs": "a", "parameters": {"adapter_id": name, "max_new_tokens": 1}}
+        refused = await service.json("/generate", body, status=422)
+        assert "lists and objects" in refused["error"]
+
+
 async def test_a_template_that_took_too_long_keeps_nobody_waiting_again() -> None:
     async with serving(FakeConfig(echo=True)) as service:
         renderer = service.client.app[SERVICE].forms._renderer
