@@ -52,8 +52,10 @@ def test_tokens_are_as_likely_as_pefts(family: str, tmp_path: Path) -> None:
 
 
 def small_worker(path: Path) -> Worker:
-    """Of a Llama with every adapter, by graphs."""
-    base = make_checkpoint("llama", path / "model", hidden_size=256, head_dim=64)
+    """Of a Llama with every adapter, by graphs; `down` is wide enough that its shrink has parts."""
+    base = make_checkpoint(
+        "llama", path / "model", hidden_size=256, head_dim=64, intermediate_size=2048
+    )
     make_adapters(base, path / "adapters")
     return build(base, folders(path), with_graphs=True)
 

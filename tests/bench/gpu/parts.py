@@ -26,7 +26,8 @@ from tests.bench.gpu.streams import Load
 
 _TESTS = (
     "tests/kernels/test_cuda_ops.py", "tests/shard/test_cuda_step.py",
-    "tests/shard/test_cuda_parts.py", "tests/e2e/test_two_gpus.py",
+    "tests/shard/test_cuda_prompt_graphs.py", "tests/shard/test_cuda_parts.py",
+    "tests/e2e/test_two_gpus.py",
 )  # fmt: skip
 _ROOT = Path(__file__).parents[3]
 _SERVICE = ("aiohttp", "grpc_health", "grpc_reflection", "prometheus_client", "tokenizers")
