@@ -20,7 +20,7 @@ class Group:
         if size > 1:
             backend = "nccl" if device.type == "cuda" else "gloo"
             if init_method.startswith("file://"):  # all on this machine: no other may connect
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                os.environ.setdefault(f"{backend.upper()}_SOCKET_IFNAME", "lo")
             dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size)
 
     def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
