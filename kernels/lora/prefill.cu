@@ -25,6 +25,64 @@ __device__ bool comes_last(int* arrived, int count) {
   return last;
 }
 
+// Rows of x and of A, `wide` apart, and the units of 64 columns over which they are multiplied.
+template <typename T>
+struct Factors {
+  const T *x, *a;
+  int64_t wide;
+  int count, columns;  // rows of x, of A
+  int begin, end;
+};
+
+// d += x @ A^T for a warp's 16 rows of x and kGroups times 16 of A; as zero count those that are not
+// there. One loop for each kGroups: without branches in it the loads of a unit go side by side.
+template <typename T, int kGroups>
+__device__ void multiply(float (&d)[kTileRanks / 8][4], const Factors<T>& of, uint32_t shared) {
+  constexpr int kRows = 16;  // that the block copies at once
+  const int r = threadIdx.x / 8, piece = threadIdx.x % 8;
+  const T* x = of.x + r * of.wide + piece * kWide;
+  const T* a = of.a + r * of.wide + piece * kWide;
+  const auto start = [&](int unit) {
+    if (unit < of.end) {
+      const uint32_t stage = shared + (unit - of.begin) % kShrinkStages * 2 * kBoxBytes;
+      const uint32_t to = stage + swizzled(r, piece);
+      const int k = 64 * unit;
+      const bool inside = k + piece * kWide < of.wide;
+#pragma unroll
+      for (int i = 0; i < 64 / kRows; ++i)
+        copy_async(to + i * kRows * 128, x + i * kRows * of.wide + k,
+                   inside && r + i * kRows < of.count);
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i)
+        copy_async(to + kBoxBytes + i * kRows * 128, a + i * kRows * of.wide + k,
+                   inside && r + i * kRows < of.columns);
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+  for (int i = 0; i < kShrinkStages - 1; ++i) start(of.begin + i);
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int unit = of.begin; unit < of.end; ++unit) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kShrinkStages - 2));
+    __syncthreads();
+    start(unit + kShrinkStages - 1);
+    const uint32_t stage = shared + (unit - of.begin) % kShrinkStages * 2 * kBoxBytes;
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      uint32_t xs[4];
+      load_matrices(xs, stage + swizzled(16 * warp + lane % 16, 2 * step + lane / 16));
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        uint32_t as[4];
+        load_matrices(as, stage + kBoxBytes + swizzled(16 * group + lane / 16 * 8 + lane % 8,
+                                                       2 * step + lane / 8 % 2));
+        mma<T>(d[2 * group], xs[0], xs[1], xs[2], xs[3], as[0], as[1]);
+        mma<T>(d[2 * group + 1], xs[0], xs[1], xs[2], xs[3], as[2], as[3]);
+      }
+    }
+  }
+}
+
 // h [num_tokens, capacity] = round(x @ A^T), the ranks that each tile's slot has, an even number with
 // what may come after them; capacity is a multiple of 8. The last of a
 // tile's splits over k sums them, in order. grid (rank tiles of 64, token tiles, splits); 4 warps of
@@ -42,48 +100,26 @@ __global__ void __launch_bounds__(128, 3)
   if (r0 >= rank_total) return;
   const int first = tile[1], count = tile[2] - first, columns = min(kTileRanks, rank_total - r0);
   const int64_t wide = site.in_features;
-  const T* x_box = x + first * wide;
-  const T* a_box = static_cast<const T*>(site.arena) + row.a_offset + r0 * wide;
   const int units = (site.in_features + 63) / 64;
-  const int begin = units * blockIdx.z / gridDim.z, end = units * (blockIdx.z + 1) / gridDim.z;
+  const Factors<T> factors{x + first * wide,
+                           static_cast<const T*>(site.arena) + row.a_offset + r0 * wide,
+                           wide,
+                           count,
+                           columns,
+                           static_cast<int>(units * blockIdx.z / gridDim.z),
+                           static_cast<int>(units * (blockIdx.z + 1) / gridDim.z)};
   const uint32_t shared = shared_address(shared_bytes);
-  const auto start = [&](int unit) {
-    const uint32_t stage = shared + (unit - begin) % kShrinkStages * 2 * kBoxBytes;
-    if (unit < end) {
-#pragma unroll
-      for (int i = threadIdx.x; i < 64 * 8; i += 128) {
-        const int r = i / 8, piece = i % 8, k = 64 * unit + 8 * piece;
-        const uint32_t at = stage + swizzled(r, piece);
-        copy_async(at, x_box + r * wide + k, k < wide && r < count);
-        copy_async(at + kBoxBytes, a_box + r * wide + k, k < wide && r < columns);
-      }
-    }
-    asm volatile("cp.async.commit_group;");
-  };
-  for (int i = 0; i < kShrinkStages - 1; ++i) start(begin + i);
-
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float d[kTileRanks / 8][4] = {};
-  for (int unit = begin; unit < end; ++unit) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kShrinkStages - 2));
-    __syncthreads();
-    start(unit + kShrinkStages - 1);
-    const uint32_t stage = shared + (unit - begin) % kShrinkStages * 2 * kBoxBytes;
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      uint32_t xs[4];
-      load_matrices(xs, stage + swizzled(16 * warp + lane % 16, 2 * step + lane / 16));
-#pragma unroll
-      for (int pair = 0; pair < kTileRanks / 16; ++pair) {
-        if (16 * pair >= columns) break;
-        uint32_t as[4];
-        load_matrices(as, stage + kBoxBytes + swizzled(16 * pair + lane / 16 * 8 + lane % 8,
-                                                       2 * step + lane / 8 % 2));
-        mma<T>(d[2 * pair], xs[0], xs[1], xs[2], xs[3], as[0], as[1]);
-        mma<T>(d[2 * pair + 1], xs[0], xs[1], xs[2], xs[3], as[2], as[3]);
-      }
-    }
+  if (columns > 48) {
+    multiply<T, 4>(d, factors, shared);
+  } else if (columns > 32) {
+    multiply<T, 3>(d, factors, shared);
+  } else if (columns > 16) {
+    multiply<T, 2>(d, factors, shared);
+  } else {
+    multiply<T, 1>(d, factors, shared);
   }
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto each = [&](auto&& act) {  // two neighbours at a time
 #pragma unroll
     for (int n = 0; n < kTileRanks / 8; ++n) {
