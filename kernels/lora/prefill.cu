@@ -83,10 +83,30 @@ __device__ void multiply(float (&d)[kTileRanks / 8][4], const Factors<T>& of, ui
   }
 }
 
-// h [num_tokens, capacity] = round(x @ A^T), the ranks that each tile's slot has, an even number with
-// what may come after them; capacity is a multiple of 8. The last of a
-// tile's splits over k sums them, in order. grid (rank tiles of 64, token tiles, splits); 4 warps of
-// 16 tokens each.
+// The sum of 4 ranks over the splits, in order, with the loads of several on their way at a time.
+__device__ float4 sum_parts(const float* at, int64_t stride, int splits) {
+  constexpr int kAtOnce = 8;
+  float4 sum{};
+  for (int s = 0; s < splits; s += kAtOnce) {
+    float4 found[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      found[i] = s + i < splits ? __ldcg(reinterpret_cast<const float4*>(at + (s + i) * stride))
+                                : float4{};
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      sum.x += found[i].x;
+      sum.y += found[i].y;
+      sum.z += found[i].z;
+      sum.w += found[i].w;
+    }
+  }
+  return sum;
+}
+
+// h [num_tokens, capacity] = round(x @ A^T), the ranks that each tile's slot has, up to a multiple of
+// 4 with what may come after them; capacity is a multiple of 8. The last of a tile's splits over k
+// sums them. grid (rank tiles of 64, token tiles, splits); 4 warps of 16 tokens each.
 template <typename T>
 __global__ void __launch_bounds__(128, 3)
     shrink_prefill_kernel(T* h, float* partial, int* arrived, const T* x, Site site,
@@ -131,24 +151,24 @@ __global__ void __launch_bounds__(128, 3)
       }
     }
   };
-  if (gridDim.z > 1) {
-    const int64_t stride = static_cast<int64_t>(num_tokens) * capacity;
-    each([&](int64_t at, float& low, float& high) {
-      *reinterpret_cast<float2*>(partial + blockIdx.z * stride + at) = make_float2(low, high);
-      low = high = 0.f;
+  if (gridDim.z == 1) {
+    each([&](int64_t at, float low, float high) {
+      *reinterpret_cast<uint32_t*>(h + at) = Pair<T>::pack(low, high);
     });
-    if (!comes_last(arrived + blockIdx.y * gridDim.x + blockIdx.x, gridDim.z)) return;
-    for (int s = 0; s < gridDim.z; ++s) {
-      each([&](int64_t at, float& low, float& high) {
-        const float2 part = __ldcg(reinterpret_cast<const float2*>(partial + s * stride + at));
-        low += part.x;
-        high += part.y;
-      });
-    }
+    return;
   }
-  each([&](int64_t at, float& low, float& high) {
-    *reinterpret_cast<uint32_t*>(h + at) = Pair<T>::pack(low, high);
+  const int64_t stride = static_cast<int64_t>(num_tokens) * capacity;
+  each([&](int64_t at, float low, float high) {
+    *reinterpret_cast<float2*>(partial + blockIdx.z * stride + at) = make_float2(low, high);
   });
+  if (!comes_last(arrived + blockIdx.y * gridDim.x + blockIdx.x, gridDim.z)) return;
+  const int pieces = (columns + 3) / 4;  // of 4 ranks
+  for (int i = threadIdx.x; i < count * pieces; i += 128) {
+    const int64_t at = static_cast<int64_t>(first + i / pieces) * capacity + r0 + i % pieces * 4;
+    const float4 sum = sum_parts(partial + at, stride, gridDim.z);
+    *reinterpret_cast<uint2*>(h + at) =
+        make_uint2(Pair<T>::pack(sum.x, sum.y), Pair<T>::pack(sum.z, sum.w));
+  }
 }
 
 // y += the update. grid (output tiles, token tiles).
