@@ -10,6 +10,7 @@ constexpr int kTileOuts = 128;  // in two halves
 constexpr int kHalfOuts = kTileOuts / 2;
 constexpr int kTileThreads = 128;  // a warp for 16 tokens
 constexpr int kTilePad = 8;
+constexpr int kWarpTokens = 32;  // of a warp with half of the outputs
 
 // Tokens [first, first + count) of one slot.
 struct TileTokens {
@@ -126,5 +127,75 @@ __device__ void expand_tile(TileOuts<T>& tile, const Half<T> (&halves)[2], const
   }
   __syncwarp();
 }
+
+// A warp's 64 outputs of a tile, for 8 of its tokens at a time, without shared memory: outputs and
+// ranks are dealt to the fragments of mma so that a lane, 4 * group + quad, loads 16 bytes of each of
+// ranks 4 * quad to 4 * quad + 3 of B and ends with 8 consecutive outputs, from 8 * group on, of token
+// 2 * quad and the one after.
+template <typename T>
+struct WarpOuts {
+  Half<T> half;
+  uint32_t b[4][4];  // 16 ranks; rows group and group + 8 of b[m] are outputs 2 m and 2 m + 1
+
+  __device__ explicit WarpOuts(const Half<T>& outs) : half(outs) { load_b(0); }
+
+  __device__ void load_b(int r0) {
+    const int c = threadIdx.x % 32 / 4 * kWide, r = r0 + threadIdx.x % 4 * 4;
+    uint4 rows[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      rows[i] = c < half.columns && r + i < half.part.rank
+                    ? load_shared_rows(half.part.b +
+                                       static_cast<int64_t>(r + i) * half.part.width + c)
+                    : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t low[4] = {rows[i].x, rows[i].y, rows[i].z, rows[i].w};
+      const uint32_t high[4] = {rows[i + 1].x, rows[i + 1].y, rows[i + 1].z, rows[i + 1].w};
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        b[m][i] = __byte_perm(low[m], high[m], 0x5410);
+        b[m][i + 1] = __byte_perm(low[m], high[m], 0x7632);
+      }
+    }
+  }
+
+  // This lane's four ranks from r0 on of the h of its one of the 8 tokens from t on, zeros where there
+  // is none.
+  __device__ uint2 load_h(const Pending& pending, const TileTokens& tokens, int t, int r0) const {
+    t += threadIdx.x % 32 / 4;
+    const int r = r0 + threadIdx.x % 4 * 4, left = t < tokens.count ? half.part.rank - r : 0;
+    const uint16_t* h = static_cast<const uint16_t*>(pending.h) +
+                        static_cast<int64_t>(tokens.first + t) * pending.capacity +
+                        half.part.h_start + r;
+    if ((half.part.h_start | half.part.rank) % 4 == 0)  // as is capacity
+      return left > 0 ? *reinterpret_cast<const uint2*>(h) : make_uint2(0, 0);
+    uint32_t bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits[i] = i < left ? h[i] : 0;
+    return make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+  }
+
+  // Adds h @ B to this lane's products of the 8 tokens from t on, and rounds; `h` is of the first
+  // ranks. Where nothing is added they keep their bits.
+  __device__ void finish(uint4 (&products)[2], uint2 h, const Pending& pending,
+                         const TileTokens& tokens, int t) {
+    if (half.part.rank == 0) return;
+    float d[4][4] = {};
+    for (int r0 = 0; r0 < half.part.rank; r0 += 16) {
+      if (half.part.rank > 16) load_b(r0);
+      if (r0 > 0) h = load_h(pending, tokens, t, r0);
+#pragma unroll
+      for (int m = 0; m < 4; ++m) mma<T>(d[m], b[m][0], b[m][1], b[m][2], b[m][3], h.x, h.y);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float added[kWide];
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) added[j] = d[j / 2][j % 2 * 2 + i];
+      products[i] = Vec<T>::unpack(products[i]).plus(added).packed();
+    }
+  }
+};
 
 }  // namespace lorafleet
