@@ -212,32 +212,24 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   let_next_begin();
   wait_for_inputs();
   const TileTokens tokens(pending, blockIdx.y);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first = warp / 2 * kWarpTokens, end = min(tokens.count, first + kWarpTokens);
-  const int start = blockIdx.x * kTileOuts + warp % 2 * kHalfOuts, columns = width - start;
-  if (first >= end || columns <= 0) return;  // a captured step has room for more tiles
-  const int c = lane / 4 * kWide;
-  const T* gate_at = gate_up + static_cast<int64_t>(tokens.first) * 2 * width + start + c;
-  T* out_at = out + static_cast<int64_t>(tokens.first) * width + start + c;
+  const WarpPlace place(tokens);
+  const int start = blockIdx.x * kTileOuts + place.offset, columns = width - start;
+  if (place.first >= place.end || columns <= 0) return;  // a captured step has room for more tiles
+  const T* gate_at = gate_up + static_cast<int64_t>(tokens.first) * 2 * width + start + place.c;
+  T* out_at = out + static_cast<int64_t>(tokens.first) * width + start + place.c;
   uint4 gates[2], ups[2];
   const auto load = [&](int t) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int token = t + lane % 4 * 2 + i;
-      const T* at = gate_at + static_cast<int64_t>(token) * 2 * width;
-      const bool is_there = token < end && c < columns;
-      gates[i] = is_there ? load16(at) : make_uint4(0, 0, 0, 0);
-      ups[i] = is_there ? load16(at + width) : make_uint4(0, 0, 0, 0);
-    }
+    load_products(gates, gate_at, 2 * width, place, t, columns);
+    load_products(ups, gate_at + width, 2 * width, place, t, columns);
   };
-  load(first);
+  load(place.first);
   const SiteRow& row = row_of(pending.site, tokens.slot);
   WarpOuts<T> gate(half_at<T>(pending.site, row, start, columns));
   WarpOuts<T> up(half_at<T>(pending.site, row, width + start, columns));
-  uint2 gate_h = gate.load_h(pending, tokens, first, 0);
-  uint2 up_h = up.load_h(pending, tokens, first, 0);
+  uint2 gate_h = gate.load_h(pending, tokens, place.first, 0);
+  uint2 up_h = up.load_h(pending, tokens, place.first, 0);
 #pragma unroll 1
-  for (int t = first; t < end; t += kGroup) {
+  for (int t = place.first; t < place.end; t += kGroup) {
     gate.finish(gates, gate_h, pending, tokens, t);
     up.finish(ups, up_h, pending, tokens, t);
     const uint4 finished[2][2] = {{gates[0], ups[0]}, {gates[1], ups[1]}};
@@ -246,8 +238,8 @@ __global__ void __launch_bounds__(kTileThreads, 4)
     up_h = up.load_h(pending, tokens, t + kGroup, 0);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int token = t + lane % 4 * 2 + i;
-      if (token < end && c < columns)
+      const int token = place.token(t, i);
+      if (token < place.end && place.c < columns)
         silu_times(Vec<T>::unpack(finished[i][0]), Vec<T>::unpack(finished[i][1]))
             .store(out_at + static_cast<int64_t>(token) * width);
     }

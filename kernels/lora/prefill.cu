@@ -173,9 +173,8 @@ __global__ void __launch_bounds__(128, 3)
 
 // y += the update. grid (output tiles, token tiles).
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 6)
+__global__ void __launch_bounds__(kTileThreads, 5)
     expand_prefill_kernel(T* y, Pending pending, int y_width) {
-  __shared__ __align__(16) TileOuts<T> outs;
   let_next_begin();
   wait_for_inputs();
   const TileTokens tokens(pending, blockIdx.y);
@@ -183,20 +182,16 @@ __global__ void __launch_bounds__(kTileThreads, 6)
   const SiteRow& row = row_of(pending.site, tokens.slot);
   Tile tile;
   if (!find_tile(pending.site, row, blockIdx.x, kTileOuts, tile)) return;
-  const int columns = tile.width - tile.start, start = tile.y_start + tile.start;
-  const Half<T> halves[2] = {half_at<T>(pending.site, row, start, columns),
-                             half_at<T>(pending.site, row, start + kHalfOuts, columns - kHalfOuts)};
+  const WarpPlace place(tokens);
+  const int start = tile.y_start + tile.start + place.offset;
+  const Half<T> half =
+      half_at<T>(pending.site, row, start, tile.width - tile.start - place.offset);
   T* y_tile = y + static_cast<int64_t>(tokens.first) * y_width + start;
-  fetch_products(outs, {columns, columns - kHalfOuts}, {y_tile, y_tile + kHalfOuts}, y_width, tokens.count);
-  expand_tile(outs, halves, pending, tokens);
-#pragma unroll
-  for (int i = threadIdx.x % 32; i < 16 * kTileOuts / kWide; i += 32) {
-    const int t = threadIdx.x / 32 * 16 + i / (kTileOuts / kWide);
-    const int c = i % (kTileOuts / kWide) * kWide;
-    if (t < tokens.count && c < columns)
-      *reinterpret_cast<uint4*>(y_tile + static_cast<int64_t>(t) * y_width + c) =
-          load16(&outs[t][c]);
-  }
+  finish_products(y_tile, y_width, place, half, pending, tokens,
+                  [&](int token, int c, const uint4& sum) {
+                    *reinterpret_cast<uint4*>(y_tile + static_cast<int64_t>(token) * y_width + c) =
+                        sum;
+                  });
 }
 
 template <typename T>
