@@ -131,10 +131,10 @@ __global__ void __launch_bounds__(32 * kWarps)
 // The same for a product whose update comes in tiles: heads of 8 to 128 elements, a power of two.
 // grid (tiles of 128 outputs, token tiles); a lane's 8 outputs lie in one head.
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 6)
+__global__ void __launch_bounds__(kTileThreads, 5)
     rotary_tiles_kernel(T* query, const T* qkv, Pool<T> pool, Tables<T> tables, Heads heads,
                         Pending pending) {
-  __shared__ __align__(16) TileOuts<T> tile;
+  __shared__ __align__(16) T tile[kTileTokens][kTileOuts + kWide];
   let_next_begin();
   wait_for_inputs();
   const TileTokens tokens(pending, blockIdx.y);
@@ -146,13 +146,14 @@ __global__ void __launch_bounds__(kTileThreads, 6)
   const int skipped = part == 0 ? 0 : heads.num + (part - 1) * heads.num_kv;
   const int start = skipped * heads.dim + at;
   const int64_t width = (heads.num + 2 * heads.num_kv) * heads.dim;
-  const T* products = qkv + tokens.first * width + start;
-  fetch_products(tile, {columns, columns - kHalfOuts}, {products, products + kHalfOuts}, width,
-                 tokens.count);
-  const SiteRow& row = row_of(pending.site, tokens.slot);
-  const Half<T> halves[2] = {half_at<T>(pending.site, row, start, columns),
-                             half_at<T>(pending.site, row, start + kHalfOuts, columns - kHalfOuts)};
-  expand_tile(tile, halves, pending, tokens);
+  const WarpPlace mine(tokens);
+  const Half<T> half = half_at<T>(pending.site, row_of(pending.site, tokens.slot),
+                                  start + mine.offset, columns - mine.offset);
+  finish_products(qkv + tokens.first * width + start + mine.offset, width, mine, half, pending,
+                  tokens, [&](int t, int c, const uint4& sum) {
+                    *reinterpret_cast<uint4*>(&tile[t][mine.offset + c]) = sum;
+                  });
+  __syncthreads();
   const int c = threadIdx.x % 16 * kWide;
 #pragma unroll 2
   for (int i = 0; i < 8; ++i) {

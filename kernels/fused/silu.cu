@@ -204,29 +204,45 @@ __global__ void __launch_bounds__(32 * kWarps, 6)
   }
 }
 
-// The same for tiles. grid (tiles of 64 outputs, token tiles).
+// The same for tiles. grid (tiles of 128 outputs, token tiles); a warp has 64 of gate and of up and
+// 32 tokens, whose products it adds to in registers: loads and stores of 16 bytes, no shared memory.
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 8)
+__global__ void __launch_bounds__(kTileThreads, 4)
     silu_mul_tiles_kernel(T* out, const T* gate_up, int width, Pending pending) {
-  __shared__ __align__(16) TileOuts<T> tile;  // of gate, then of up
   let_next_begin();
   wait_for_inputs();
   const TileTokens tokens(pending, blockIdx.y);
-  if (tokens.count == 0) return;  // a captured step has room for more tiles
-  const int start = blockIdx.x * kHalfOuts, columns = width - start;
-  const T* gate = gate_up + static_cast<int64_t>(tokens.first) * 2 * width + start;
-  fetch_products(tile, {columns, columns}, {gate, gate + width}, 2 * width, tokens.count);
+  const WarpPlace place(tokens);
+  const int start = blockIdx.x * kTileOuts + place.offset, columns = width - start;
+  if (place.first >= place.end || columns <= 0) return;  // a captured step has room for more tiles
+  const T* gate_at = gate_up + static_cast<int64_t>(tokens.first) * 2 * width + start + place.c;
+  T* out_at = out + static_cast<int64_t>(tokens.first) * width + start + place.c;
+  uint4 gates[2], ups[2];
+  const auto load = [&](int t) {
+    load_products(gates, gate_at, 2 * width, place, t, columns);
+    load_products(ups, gate_at + width, 2 * width, place, t, columns);
+  };
+  load(place.first);
   const SiteRow& row = row_of(pending.site, tokens.slot);
-  const Half<T> halves[2] = {half_at<T>(pending.site, row, start, columns),
-                             half_at<T>(pending.site, row, width + start, columns)};
-  expand_tile(tile, halves, pending, tokens);
+  WarpOuts<T> gate(half_at<T>(pending.site, row, start, columns));
+  WarpOuts<T> up(half_at<T>(pending.site, row, width + start, columns));
+  uint2 gate_h = gate.load_h(pending, tokens, place.first, 0);
+  uint2 up_h = up.load_h(pending, tokens, place.first, 0);
+#pragma unroll 1
+  for (int t = place.first; t < place.end; t += kGroup) {
+    gate.finish(gates, gate_h, pending, tokens, t);
+    up.finish(ups, up_h, pending, tokens, t);
+    const uint4 finished[2][2] = {{gates[0], ups[0]}, {gates[1], ups[1]}};
+    load(t + kGroup);  // under way while the present ones are multiplied
+    gate_h = gate.load_h(pending, tokens, t + kGroup, 0);
+    up_h = up.load_h(pending, tokens, t + kGroup, 0);
 #pragma unroll
-  for (int i = threadIdx.x % 32; i < 16 * kHalfOuts / kWide; i += 32) {
-    const int t = threadIdx.x / 32 * 16 + i / (kHalfOuts / kWide);
-    const int c = i % (kHalfOuts / kWide) * kWide;
-    if (t >= tokens.count || c >= columns) continue;
-    silu_times(Vec<T>::load(&tile[t][c]), Vec<T>::load(&tile[t][kHalfOuts + c]))
-        .store(out + static_cast<int64_t>(tokens.first + t) * width + start + c);
+    for (int i = 0; i < 2; ++i) {
+      const int token = place.token(t, i);
+      if (token < place.end && place.c < columns)
+        silu_times(Vec<T>::unpack(finished[i][0]), Vec<T>::unpack(finished[i][1]))
+            .store(out_at + static_cast<int64_t>(token) * width);
+    }
   }
 }
 
@@ -234,7 +250,7 @@ template <typename T>
 int silu_mul_pending(T* out, const T* gate_up, int rows, int width, const Pending& pending,
                      cudaStream_t stream) {
   if (pending.tiles != nullptr) {
-    const dim3 grid((width + kHalfOuts - 1) / kHalfOuts, pending.num_tiles);
+    const dim3 grid((width + kTileOuts - 1) / kTileOuts, pending.num_tiles);
     return launch(silu_mul_tiles_kernel<T>, grid, kTileThreads, 0, stream, out, gate_up, width,
                   pending);
   }

@@ -32,6 +32,7 @@ _RANK_TILE = 16  # ranks of one shrink item
 _PIECE = 8  # elements in 16 bytes
 _MIN_SPLIT = 512  # features of x that an item reads at least
 _WAVE_ITEMS = 264  # two for each multiprocessor of the largest device
+_WAVE_TILES = 396  # three, which are as many as it has room for
 
 
 class Shrunk(NamedTuple):
@@ -154,7 +155,7 @@ def shrink_tiles(
     capacity = -(-max_rank * len(site.out_splits) // _PIECE) * _PIECE
     # Full tiles alone would do with few splits, but of a captured step's tiles most may be empty.
     full = -(-num_tokens // TILE_TOKENS) * -(-capacity // TILE_TOKENS)
-    splits = max(1, min(site.in_features // _MIN_SPLIT, _WAVE_ITEMS // full))
+    splits = max(1, min(site.in_features // _MIN_SPLIT, _WAVE_TILES // full))
     partial = x.new_empty(splits, num_tokens, capacity, dtype=torch.float32)
     shrunk = ShrunkTiles(x.new_empty(num_tokens, capacity), tiles, max_rank)
     work = pending_arguments(shrunk, site, row_slots)

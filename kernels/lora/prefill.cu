@@ -25,10 +25,88 @@ __device__ bool comes_last(int* arrived, int count) {
   return last;
 }
 
-// h [num_tokens, capacity] = round(x @ A^T), the ranks that each tile's slot has, an even number with
-// what may come after them; capacity is a multiple of 8. The last of a
-// tile's splits over k sums them, in order. grid (rank tiles of 64, token tiles, splits); 4 warps of
-// 16 tokens each.
+// Rows of x and of A, `wide` apart, and the units of 64 columns over which they are multiplied.
+template <typename T>
+struct Factors {
+  const T *x, *a;
+  int64_t wide;
+  int count, columns;  // rows of x, of A
+  int begin, end;
+};
+
+// d += x @ A^T for a warp's 16 rows of x and kGroups times 16 of A; as zero count those that are not
+// there. One loop for each kGroups: without branches in it the loads of a unit go side by side.
+template <typename T, int kGroups>
+__device__ void multiply(float (&d)[kTileRanks / 8][4], const Factors<T>& of, uint32_t shared) {
+  constexpr int kRows = 16;  // that the block copies at once
+  const int r = threadIdx.x / 8, piece = threadIdx.x % 8;
+  const T* x = of.x + r * of.wide + piece * kWide;
+  const T* a = of.a + r * of.wide + piece * kWide;
+  const auto start = [&](int unit) {
+    if (unit < of.end) {
+      const uint32_t stage = shared + (unit - of.begin) % kShrinkStages * 2 * kBoxBytes;
+      const uint32_t to = stage + swizzled(r, piece);
+      const int k = 64 * unit;
+      const bool inside = k + piece * kWide < of.wide;
+#pragma unroll
+      for (int i = 0; i < 64 / kRows; ++i)
+        copy_async(to + i * kRows * 128, x + i * kRows * of.wide + k,
+                   inside && r + i * kRows < of.count);
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i)
+        copy_async(to + kBoxBytes + i * kRows * 128, a + i * kRows * of.wide + k,
+                   inside && r + i * kRows < of.columns);
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+  for (int i = 0; i < kShrinkStages - 1; ++i) start(of.begin + i);
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int unit = of.begin; unit < of.end; ++unit) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kShrinkStages - 2));
+    __syncthreads();
+    start(unit + kShrinkStages - 1);
+    const uint32_t stage = shared + (unit - of.begin) % kShrinkStages * 2 * kBoxBytes;
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      uint32_t xs[4];
+      load_matrices(xs, stage + swizzled(16 * warp + lane % 16, 2 * step + lane / 16));
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        uint32_t as[4];
+        load_matrices(as, stage + kBoxBytes + swizzled(16 * group + lane / 16 * 8 + lane % 8,
+                                                       2 * step + lane / 8 % 2));
+        mma<T>(d[2 * group], xs[0], xs[1], xs[2], xs[3], as[0], as[1]);
+        mma<T>(d[2 * group + 1], xs[0], xs[1], xs[2], xs[3], as[2], as[3]);
+      }
+    }
+  }
+}
+
+// The sum of 4 ranks over the splits, in order, with the loads of several on their way at a time.
+__device__ float4 sum_parts(const float* at, int64_t stride, int splits) {
+  constexpr int kAtOnce = 8;
+  float4 sum{};
+  for (int s = 0; s < splits; s += kAtOnce) {
+    float4 found[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      found[i] = s + i < splits ? __ldcg(reinterpret_cast<const float4*>(at + (s + i) * stride))
+                                : float4{};
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      sum.x += found[i].x;
+      sum.y += found[i].y;
+      sum.z += found[i].z;
+      sum.w += found[i].w;
+    }
+  }
+  return sum;
+}
+
+// h [num_tokens, capacity] = round(x @ A^T), the ranks that each tile's slot has, up to a multiple of
+// 4 with what may come after them; capacity is a multiple of 8. The last of a tile's splits over k
+// sums them. grid (rank tiles of 64, token tiles, splits); 4 warps of 16 tokens each.
 template <typename T>
 __global__ void __launch_bounds__(128, 3)
     shrink_prefill_kernel(T* h, float* partial, int* arrived, const T* x, Site site,
@@ -42,48 +120,26 @@ __global__ void __launch_bounds__(128, 3)
   if (r0 >= rank_total) return;
   const int first = tile[1], count = tile[2] - first, columns = min(kTileRanks, rank_total - r0);
   const int64_t wide = site.in_features;
-  const T* x_box = x + first * wide;
-  const T* a_box = static_cast<const T*>(site.arena) + row.a_offset + r0 * wide;
   const int units = (site.in_features + 63) / 64;
-  const int begin = units * blockIdx.z / gridDim.z, end = units * (blockIdx.z + 1) / gridDim.z;
+  const Factors<T> factors{x + first * wide,
+                           static_cast<const T*>(site.arena) + row.a_offset + r0 * wide,
+                           wide,
+                           count,
+                           columns,
+                           static_cast<int>(units * blockIdx.z / gridDim.z),
+                           static_cast<int>(units * (blockIdx.z + 1) / gridDim.z)};
   const uint32_t shared = shared_address(shared_bytes);
-  const auto start = [&](int unit) {
-    const uint32_t stage = shared + (unit - begin) % kShrinkStages * 2 * kBoxBytes;
-    if (unit < end) {
-#pragma unroll
-      for (int i = threadIdx.x; i < 64 * 8; i += 128) {
-        const int r = i / 8, piece = i % 8, k = 64 * unit + 8 * piece;
-        const uint32_t at = stage + swizzled(r, piece);
-        copy_async(at, x_box + r * wide + k, k < wide && r < count);
-        copy_async(at + kBoxBytes, a_box + r * wide + k, k < wide && r < columns);
-      }
-    }
-    asm volatile("cp.async.commit_group;");
-  };
-  for (int i = 0; i < kShrinkStages - 1; ++i) start(begin + i);
-
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float d[kTileRanks / 8][4] = {};
-  for (int unit = begin; unit < end; ++unit) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kShrinkStages - 2));
-    __syncthreads();
-    start(unit + kShrinkStages - 1);
-    const uint32_t stage = shared + (unit - begin) % kShrinkStages * 2 * kBoxBytes;
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      uint32_t xs[4];
-      load_matrices(xs, stage + swizzled(16 * warp + lane % 16, 2 * step + lane / 16));
-#pragma unroll
-      for (int pair = 0; pair < kTileRanks / 16; ++pair) {
-        if (16 * pair >= columns) break;
-        uint32_t as[4];
-        load_matrices(as, stage + kBoxBytes + swizzled(16 * pair + lane / 16 * 8 + lane % 8,
-                                                       2 * step + lane / 8 % 2));
-        mma<T>(d[2 * pair], xs[0], xs[1], xs[2], xs[3], as[0], as[1]);
-        mma<T>(d[2 * pair + 1], xs[0], xs[1], xs[2], xs[3], as[2], as[3]);
-      }
-    }
+  if (columns > 48) {
+    multiply<T, 4>(d, factors, shared);
+  } else if (columns > 32) {
+    multiply<T, 3>(d, factors, shared);
+  } else if (columns > 16) {
+    multiply<T, 2>(d, factors, shared);
+  } else {
+    multiply<T, 1>(d, factors, shared);
   }
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const auto each = [&](auto&& act) {  // two neighbours at a time
 #pragma unroll
     for (int n = 0; n < kTileRanks / 8; ++n) {
@@ -95,31 +151,30 @@ __global__ void __launch_bounds__(128, 3)
       }
     }
   };
-  if (gridDim.z > 1) {
-    const int64_t stride = static_cast<int64_t>(num_tokens) * capacity;
-    each([&](int64_t at, float& low, float& high) {
-      *reinterpret_cast<float2*>(partial + blockIdx.z * stride + at) = make_float2(low, high);
-      low = high = 0.f;
+  if (gridDim.z == 1) {
+    each([&](int64_t at, float low, float high) {
+      *reinterpret_cast<uint32_t*>(h + at) = Pair<T>::pack(low, high);
     });
-    if (!comes_last(arrived + blockIdx.y * gridDim.x + blockIdx.x, gridDim.z)) return;
-    for (int s = 0; s < gridDim.z; ++s) {
-      each([&](int64_t at, float& low, float& high) {
-        const float2 part = __ldcg(reinterpret_cast<const float2*>(partial + s * stride + at));
-        low += part.x;
-        high += part.y;
-      });
-    }
+    return;
   }
-  each([&](int64_t at, float& low, float& high) {
-    *reinterpret_cast<uint32_t*>(h + at) = Pair<T>::pack(low, high);
+  const int64_t stride = static_cast<int64_t>(num_tokens) * capacity;
+  each([&](int64_t at, float low, float high) {
+    *reinterpret_cast<float2*>(partial + blockIdx.z * stride + at) = make_float2(low, high);
   });
+  if (!comes_last(arrived + blockIdx.y * gridDim.x + blockIdx.x, gridDim.z)) return;
+  const int pieces = (columns + 3) / 4;  // of 4 ranks
+  for (int i = threadIdx.x; i < count * pieces; i += 128) {
+    const int64_t at = static_cast<int64_t>(first + i / pieces) * capacity + r0 + i % pieces * 4;
+    const float4 sum = sum_parts(partial + at, stride, gridDim.z);
+    *reinterpret_cast<uint2*>(h + at) =
+        make_uint2(Pair<T>::pack(sum.x, sum.y), Pair<T>::pack(sum.z, sum.w));
+  }
 }
 
 // y += the update. grid (output tiles, token tiles).
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 6)
+__global__ void __launch_bounds__(kTileThreads, 5)
     expand_prefill_kernel(T* y, Pending pending, int y_width) {
-  __shared__ __align__(16) TileOuts<T> outs;
   let_next_begin();
   wait_for_inputs();
   const TileTokens tokens(pending, blockIdx.y);
@@ -127,20 +182,16 @@ __global__ void __launch_bounds__(kTileThreads, 6)
   const SiteRow& row = row_of(pending.site, tokens.slot);
   Tile tile;
   if (!find_tile(pending.site, row, blockIdx.x, kTileOuts, tile)) return;
-  const int columns = tile.width - tile.start, start = tile.y_start + tile.start;
-  const Half<T> halves[2] = {half_at<T>(pending.site, row, start, columns),
-                             half_at<T>(pending.site, row, start + kHalfOuts, columns - kHalfOuts)};
+  const WarpPlace place(tokens);
+  const int start = tile.y_start + tile.start + place.offset;
+  const Half<T> half =
+      half_at<T>(pending.site, row, start, tile.width - tile.start - place.offset);
   T* y_tile = y + static_cast<int64_t>(tokens.first) * y_width + start;
-  fetch_products(outs, {columns, columns - kHalfOuts}, {y_tile, y_tile + kHalfOuts}, y_width, tokens.count);
-  expand_tile(outs, halves, pending, tokens);
-#pragma unroll
-  for (int i = threadIdx.x % 32; i < 16 * kTileOuts / kWide; i += 32) {
-    const int t = threadIdx.x / 32 * 16 + i / (kTileOuts / kWide);
-    const int c = i % (kTileOuts / kWide) * kWide;
-    if (t < tokens.count && c < columns)
-      *reinterpret_cast<uint4*>(y_tile + static_cast<int64_t>(t) * y_width + c) =
-          load16(&outs[t][c]);
-  }
+  finish_products(y_tile, y_width, place, half, pending, tokens,
+                  [&](int token, int c, const uint4& sum) {
+                    *reinterpret_cast<uint4*>(y_tile + static_cast<int64_t>(token) * y_width + c) =
+                        sum;
+                  });
 }
 
 template <typename T>

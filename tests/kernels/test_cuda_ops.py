@@ -221,6 +221,20 @@ def test_lora_prefill_of_one_long_segment(length: int) -> None:
     check(Site(512, (512, 128, 128), [(16, 16, 16)], torch.bfloat16), [1] * length, torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features", [8, 264, 4104, 14336])
+@pytest.mark.parametrize("outs", [(72,), (200, 8)])
+@pytest.mark.parametrize(
+    "ranks", [(1, 7, 16), (15, 17, 32), (8, 33, 48), (49, 24, 64), (65, 100, 3)]
+)
+def test_lora_prefill_at_the_edges_of_rank_groups(
+    ranks: Sequence[int], outs: tuple[int, ...], in_features: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    site = Site(in_features, outs, [(rank,) * len(outs) for rank in ranks], dtype)
+    check(site, [1] * 17 + [2] * 65 + [0] * 5 + [3] * 141 + [1] * 7 + [2] * 33, dtype)
+
+
 def test_lora_in_a_captured_graph_serves_every_mix() -> None:
     site = Site(512, (256, 128, 128), MIXED_RANKS, torch.bfloat16)
     x = torch.randn(16, 512, device="cuda").bfloat16()
@@ -312,6 +326,7 @@ PENDING_SLOTS = [
     [1, 2] * 20,
     [1, 2, 3, 4, 5, 5, 4, 3, 2, 1, 0, 1, 3, 5, 2],
     [3] * 40 + [0] * 70 + [5] * 65 + [1, 2, 0, 4],
+    [6] * 37 + [4] * 21 + [2] * 100 + [0] * 3 + [1] * 16,
 ]
 
 
