@@ -259,6 +259,7 @@ def test_lora_in_a_captured_graph_serves_every_mix() -> None:
         ([600] * 3 + [1, 2047], None, None),
         ([600, 5, 40, 39, 64], 40, None),
         (list(range(3, 900, 14)), 512, None),
+        ([0, 15, 16, 31, 32, 33, 48, 2047] * 9, None, 30.0),
     ],
 )
 def test_decode_attention(
