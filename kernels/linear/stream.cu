@@ -291,7 +291,11 @@ Cut cut_of(int outs, int wide) {
   static const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const int tiles = (outs + kTileRows - 1) / kTileRows;
   const int chunks = (wide + kUnitColumns - 1) / kUnitColumns;
-  return {tiles, chunks, std::max(1, std::min(processors, tiles * chunks / kMinUnits))};
+  const int units = tiles * chunks;
+  const int most = std::max(1, std::min(processors, units / kMinUnits));
+  // Runs all as long as the longest end where tiles do more often: fewer parts to gather.
+  const int longest = (units + most - 1) / most;
+  return {tiles, chunks, units % longest == 0 ? units / longest : most};
 }
 
 template <typename T, int kTokens>
