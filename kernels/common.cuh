@@ -102,6 +102,12 @@ __device__ float rounded(float x) {
   return Pair<T>::widen(Pair<T>::round(x));
 }
 
+// silu(gate), rounded, times up.
+template <typename T>
+__device__ float gated(float gate, float up) {
+  return rounded<T>(__fdividef(gate, 1.f + __expf(-gate))) * up;
+}
+
 __device__ inline uint4 load16(const void* address) {
   return *reinterpret_cast<const uint4*>(address);
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lorafleet.kernels.fused.op import add_rms_norm_, rms_norm, rotary_and_store_, silu_mul
+from lorafleet.kernels.fused.op import add_rms_norm_, rms_norm, rotary_and_store_
 from lorafleet.shard.attention import AttentionKind, PagedBatch, attention_kind
 from lorafleet.shard.layers import Site
 
@@ -76,8 +76,7 @@ class FusedLayers:
         for layer, following in zip(self._layers, [*self._layers[1:], None], strict=True):
             o, pending = layer.o.product(self._attend(layer, x, cos, sin, paged))
             x = add_rms_norm_(o, residual, layer.post_norm, eps, pending)
-            gate_up, pending = layer.gate_up.product(x)
-            down, pending = layer.down.product(silu_mul(gate_up, pending))
+            down, pending = layer.down.product(layer.gate_up.activated(x))
             norm = self._final_norm if following is None else following.input_norm
             x = add_rms_norm_(down, residual, norm, eps, pending)
         return x

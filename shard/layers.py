@@ -15,6 +15,7 @@ from torch import nn
 
 from lorafleet.cache.layout import LoraSite
 from lorafleet.cache.linear_parts import scale_shift_name
+from lorafleet.kernels.fused.op import silu_mul, silu_product
 from lorafleet.kernels.linear.op import linear, prepack
 from lorafleet.kernels.lora.op import LoraBatch, Pending, lora_product
 from lorafleet.kernels.lora.weights import SiteWeights
@@ -90,6 +91,12 @@ class Site(nn.Module):
     def product(self, rows: torch.Tensor) -> tuple[torch.Tensor, Pending | None]:
         """`project`, but for what the operation that reads it next has still to add."""
         raise NotImplementedError
+
+    def activated(self, rows: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up, of a column-parallel site of these two; adapters included."""
+        if self._lora is None or self._lora.batch.is_empty:
+            return silu_product(rows, self.weight, self.bias)
+        return silu_mul(*self.product(rows))
 
     def project(self, rows: torch.Tensor) -> torch.Tensor:
         """[num_tokens, in_local] -> [num_tokens, out], adapters included."""

@@ -1,17 +1,19 @@
 // Decode attention over pages of 16 tokens: contract in op.py.
 //
 // A block takes one row, one key/value head and one chunk of the row's keys; each of its warps takes
-// every kWarps-th page, with kStages pages on their way to its own part of shared memory. Scores are
-// [16 keys, 8 heads] products of the tensor cores, outputs [16 dimensions, 8 heads] ones, so that the
-// heads which share the keys are the columns of both. The chunks of a row meet through float32
-// partials; the block that comes last merges them (flash-decoding, Dao 2023).
+// every kWarps-th page, with kStages pages on their way to its own part of shared memory. Blocks have
+// 4 warps, or 2 where there are so many that all at once are better than each sooner: a
+// multiprocessor holds 8 warps either way. Scores are [16 keys, 8 heads] products of the tensor
+// cores, outputs [16 dimensions, 8 heads] ones, so that the heads which share the keys are the
+// columns of both. The chunks of a row meet through float32 partials; the block that comes last
+// merges them (flash-decoding, Dao 2023).
 #include "../common.cuh"
 
 namespace lorafleet {
 namespace {
 
 constexpr int kPage = 16;
-constexpr int kWarps = 4;
+constexpr int kResidentWarps = 8;  // of a multiprocessor: what its shared memory holds
 constexpr int kStages = 3;
 constexpr int kGroupHeads = 8;  // query heads of one key/value head, at most
 constexpr int kPad = 8;         // elements after each row: ldmatrix then meets every bank once
@@ -45,8 +47,8 @@ __device__ void load_page(PageTile<T, kDim>& tile, const T* keys, const T* value
 }
 
 // grid (rows * kv_heads, chunks)
-template <typename T, int kDim>
-__global__ void __launch_bounds__(32 * kWarps, 2)
+template <typename T, int kDim, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
     decode_attention_kernel(T* out, float* partial, int* arrived, const T* query, const T* keys,
                             const T* values, const int64_t* page_table, int64_t table_stride,
                             const int64_t* rows, const int64_t* positions, const int64_t* fresh,
@@ -269,18 +271,18 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
   }
 }
 
-template <typename T, int kDim>
+template <typename T, int kDim, int kWarps>
 int attend(void* out, float* partial, int* arrived, const void* query, const void* keys,
            const void* values, const int64_t* page_table, int64_t table_stride, const int64_t* rows,
            const int64_t* positions, const int64_t* fresh, int num_rows, int kv_heads, int group,
            int chunks, float scale, int window, float softcap, cudaStream_t stream) {
   constexpr int kBytes = kWarps * kStages * sizeof(PageTile<T, kDim>);
   static const cudaError_t allowed =
-      cudaFuncSetAttribute(decode_attention_kernel<T, kDim>,
+      cudaFuncSetAttribute(decode_attention_kernel<T, kDim, kWarps>,
                            cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(num_rows * kv_heads, chunks);
-  return lorafleet::launch(decode_attention_kernel<T, kDim>, grid, 32 * kWarps, kBytes, stream,
+  return lorafleet::launch(decode_attention_kernel<T, kDim, kWarps>, grid, 32 * kWarps, kBytes, stream,
                            static_cast<T*>(out), partial, arrived, static_cast<const T*>(query),
                            static_cast<const T*>(keys), static_cast<const T*>(values), page_table,
                            table_stride, rows, positions, fresh, kv_heads, group, scale, window,
@@ -297,12 +299,14 @@ extern "C" int lorafleet_decode_attention(int is_half, int head_dim, void* out, 
                                           const void* values, const int64_t* page_table,
                                           int64_t table_stride, const int64_t* rows,
                                           const int64_t* positions, const int64_t* fresh,
-                                          int num_rows, int kv_heads, int group, int chunks, float scale, int window,
-                                          float softcap, cudaStream_t stream) {
-#define LAUNCH(T, D)                                                                             \
-  return attend<T, D>(out, partial, arrived, query, keys, values, page_table, table_stride, rows, \
-                      positions, fresh, num_rows, kv_heads, group, chunks, scale, window, softcap,      \
-                      stream)
+                                          int num_rows, int kv_heads, int group, int chunks,
+                                          int warps, float scale, int window, float softcap,
+                                          cudaStream_t stream) {
+#define ATTEND(T, D, W)                                                                        \
+  attend<T, D, W>(out, partial, arrived, query, keys, values, page_table, table_stride, rows, \
+                  positions, fresh, num_rows, kv_heads, group, chunks, scale, window, softcap, \
+                  stream)
+#define LAUNCH(T, D) return warps == 2 ? ATTEND(T, D, 2) : ATTEND(T, D, 4)
   if (head_dim == 64) {
     if (is_half) LAUNCH(__half, 64);
     LAUNCH(__nv_bfloat16, 64);
@@ -312,5 +316,6 @@ extern "C" int lorafleet_decode_attention(int is_half, int head_dim, void* out, 
     LAUNCH(__nv_bfloat16, 128);
   }
 #undef LAUNCH
+#undef ATTEND
   return cudaErrorInvalidValue;
 }

@@ -28,7 +28,7 @@ import torch
 
 from lorafleet.kernels.build import bind
 
-_BLOCKS = 264  # two for each multiprocessor: what runs at once
+_BLOCKS = 264  # of 4 warps, two for each multiprocessor: what runs at once
 _MAX_GROUP = 8
 
 
@@ -60,14 +60,16 @@ def decode_attention(
     assert query.is_contiguous()
     group, units = heads // kv_heads, num_tokens * kv_heads
     chunks = max(1, min(_BLOCKS // units, page_table.shape[1]))
+    # Where one wave has no room for all, smaller blocks: two waves start and end twice.
+    warps = 2 if units > _BLOCKS else 4
     out = torch.empty_like(query)
     partial = query.new_empty(units * chunks * group * (head_dim + 4), dtype=torch.float32)
     _entry()(
         int(query.dtype == torch.float16), head_dim, out.data_ptr(), partial.data_ptr(),
         arrived.data_ptr(), query.data_ptr(), keys.data_ptr(), values.data_ptr(),
         page_table.data_ptr(), page_table.stride(0), rows.data_ptr(), positions.data_ptr(),
-        fresh.data_ptr(), num_tokens, kv_heads, group, chunks, scale, window or 0, softcap or 0.0,
-        torch.cuda.current_stream().cuda_stream,
+        fresh.data_ptr(), num_tokens, kv_heads, group, chunks, warps, scale, window or 0,
+        softcap or 0.0, torch.cuda.current_stream().cuda_stream,
     )  # fmt: skip
     return out
 
@@ -76,5 +78,5 @@ def decode_attention(
 def _entry() -> Callable[..., None]:
     return bind(
         "lorafleet_decode_attention", c_int, c_int, *[c_void_p] * 7, c_int64, *[c_void_p] * 3,
-        *[c_int] * 4, c_float, c_int, c_float, c_void_p,
+        *[c_int] * 5, c_float, c_int, c_float, c_void_p,
     )  # fmt: skip

@@ -4,6 +4,7 @@ Semantics, rounding to the serving dtype where transformers' modules do:
     rms_norm(x)                 x / sqrt(mean(x^2) + eps) in float32, rounded, times weight
     add_rms_norm_(x, residual)  residual += x, then rms_norm(residual)
     silu_mul(gate_up)           silu(gate), rounded, times up
+    silu_product(x)             silu_mul(x @ weight^T + bias)
     rotary_and_store_(qkv)      q and k, normed per head if weights are given, become
                                 x * cos + rotate_half(x) * sin; k and v go to the paged pool
 
@@ -11,6 +12,7 @@ Arguments:
     x, residual  [num_tokens, hidden], serving dtype; residual is written in place.
     weight       [hidden], serving dtype.
     gate_up      [num_tokens, 2 * intermediate]: gate, then up.
+    weight, bias of silu_product: as linear takes them, the outputs those of gate_up.
     qkv          [num_tokens, (heads + 2 * kv_heads) * head_dim]: all q, all k, all v.
     cos, sin     [num_tokens, rotary_dim]; dimensions from rotary_dim on are left as they are.
     keys, values [num_pages, page_size, kv_heads, head_dim], written at `locations`.
@@ -24,6 +26,8 @@ from __future__ import annotations
 import torch
 
 from lorafleet.kernels.fused import cuda, reference
+from lorafleet.kernels.linear import cuda as stream
+from lorafleet.kernels.linear.op import linear
 from lorafleet.kernels.lora.op import Pending
 
 
@@ -57,6 +61,15 @@ def silu_mul(gate_up: torch.Tensor, pending: Pending | None = None) -> torch.Ten
     if pending is not None:
         pending.add_(gate_up)
     return reference.silu_mul(gate_up)
+
+
+def silu_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """See the module's docstring; [num_tokens, intermediate]."""
+    if stream.supports_gated(x, weight):
+        return stream.linear(x, weight, bias, is_gated=True)
+    return silu_mul(linear(x, weight, bias))
 
 
 def rotary_and_store_(

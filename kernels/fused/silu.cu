@@ -7,8 +7,7 @@ namespace {
 template <typename T>
 __device__ Vec<T> silu_times(Vec<T> gate, const Vec<T>& up) {
 #pragma unroll
-  for (int j = 0; j < kWide; ++j)
-    gate.x[j] = rounded<T>(__fdividef(gate.x[j], 1.f + __expf(-gate.x[j]))) * up.x[j];
+  for (int j = 0; j < kWide; ++j) gate.x[j] = gated<T>(gate.x[j], up.x[j]);
   return gate;
 }
 

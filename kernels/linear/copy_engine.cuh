@@ -7,10 +7,12 @@
 
 namespace lorafleet {
 
-// A row-major matrix of 2-byte elements as boxes of 64 columns (128 bytes, as `swizzled` has it) by `box_rows`.
-// What a box covers outside of the matrix reads as zero.
-inline int describe_matrix(CUtensorMap* map, bool is_half, const void* matrix, uint64_t rows,
-                           uint64_t columns, uint32_t box_rows) {
+// 2-byte elements in boxes of `box`, as `swizzled` has rows of 128 bytes; the first dimension lies
+// side by side, the others `strides` bytes apart. What a box covers outside of `sizes` reads as zero.
+template <int kDims>
+int describe_boxes(CUtensorMap* map, bool is_half, const void* matrix,
+                   const cuuint64_t (&sizes)[kDims], const cuuint64_t (&strides)[kDims - 1],
+                   const cuuint32_t (&box)[kDims]) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* found = nullptr;
@@ -20,16 +22,29 @@ inline int describe_matrix(CUtensorMap* map, bool is_half, const void* matrix, u
     return reinterpret_cast<Encode>(found);
   }();
   if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t sizes[2] = {columns, rows};
-  const cuuint64_t strides[1] = {2 * columns};
-  const cuuint32_t box[2] = {64, box_rows};
-  const cuuint32_t steps[2] = {1, 1};
+  cuuint32_t steps[kDims];
+  for (cuuint32_t& step : steps) step = 1;
   const CUresult result = encode(
-      map, is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+      map, is_half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kDims,
       const_cast<void*>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// A row-major matrix as boxes of 64 columns by `box_rows`.
+inline int describe_matrix(CUtensorMap* map, bool is_half, const void* matrix, uint64_t rows,
+                           uint64_t columns, uint32_t box_rows) {
+  return describe_boxes<2>(map, is_half, matrix, {columns, rows}, {2 * columns}, {64, box_rows});
+}
+
+// The same, its rows cut into `parts` of equal length; a box has eight rows of each part in turn.
+// Coordinates: column, 0, 0, then the row in its part over eight.
+inline int describe_parts(CUtensorMap* map, bool is_half, const void* matrix, uint64_t rows,
+                          uint64_t columns, uint32_t box_rows, uint32_t parts) {
+  return describe_boxes<4>(map, is_half, matrix, {columns, 8, parts, rows / parts / 8},
+                           {2 * columns, 2 * columns * (rows / parts), 16 * columns},
+                           {64, 8, parts, box_rows / parts / 8});
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -77,6 +92,16 @@ __device__ inline void copy_box(void* to, const CUtensorMap* map, int column, in
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
       "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+
+// Of a matrix in parts.
+__device__ inline void copy_parts(void* to, const CUtensorMap* map, int column, int eights,
+                                  uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
+      "l"(map), "r"(column), "r"(0), "r"(eights), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
 #endif

@@ -33,6 +33,11 @@ def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
+def supports_gated(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether it can also multiply the halves of the outputs as gate and up."""
+    return supports(x, weight) and len(weight) % 16 == 0
+
+
 def is_hopper(device: torch.device) -> bool:
     """Whether the device has a copy engine and clusters of blocks."""
     return _device(device).major >= 9
@@ -43,23 +48,26 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     shrink: Structure | None = None,
+    is_gated: bool = False,
 ) -> torch.Tensor:
     """x [rows, in] @ weight [out, in]^T + bias, for what `supports`; launches must not overlap.
 
     `shrink`: what some warps compute of the same x, as lora.cuda describes it to the kernel.
+    `is_gated`: silu of the first half of the outputs times the second, for what `supports_gated`.
     """
     outs, wide = weight.shape
     assert x.is_contiguous()
     assert weight.is_contiguous()
-    y = x.new_empty(len(x), outs)
+    y = x.new_empty(len(x), outs // 2 if is_gated else outs)
     # Each block leaves at most two parts of tiles to others; rows come in 16, 32 or 64.
     rows = max(16, 1 << (len(x) - 1).bit_length())
     num_blocks = _device(x.device).multi_processor_count
     partial = x.new_empty(2 * num_blocks, _TILE_ROWS * rows, dtype=torch.float32)
     given = _Arguments(
         y.data_ptr(), x.data_ptr(), weight.data_ptr(),
-        None if bias is None else bias.data_ptr(), len(x), outs, wide, partial.data_ptr(),
-        _arrived(x.device).data_ptr(), None if shrink is None else cast(pointer(shrink), c_void_p),
+        None if bias is None else bias.data_ptr(), len(x), outs, wide, is_gated,
+        partial.data_ptr(), _arrived(x.device).data_ptr(),
+        None if shrink is None else cast(pointer(shrink), c_void_p),
     )  # fmt: skip
     is_half = int(x.dtype == torch.float16)
     _entry()(is_half, byref(given), torch.cuda.current_stream().cuda_stream)
@@ -77,6 +85,7 @@ class _Arguments(Structure):
         ("rows", c_int),
         ("outs", c_int),
         ("wide", c_int),
+        ("is_gated", c_int),
         ("partial", c_void_p),
         ("arrived", c_void_p),
         ("shrink", c_void_p),

@@ -7,6 +7,9 @@
 // compute the LoRA shrink of the same x. W needs nothing from the kernel before, so a block asks for
 // the first units of its run before it waits for x.
 //
+// A tile's rows are eights from the first half of W and from the second in turn, so that a thread
+// that holds an output of the gate also holds the same of up, and may give silu(gate) * up instead.
+//
 // Tiles that several blocks share meet through float32 partials; the block that comes last adds
 // them, in the order of the blocks.
 #include "../lora/shrink.cuh"
@@ -21,7 +24,7 @@ namespace lorafleet {
 struct Arguments {
   void* y;
   const void *x, *w, *bias;
-  int rows, outs, wide;
+  int rows, outs, wide, is_gated;
   float* partial;
   int* arrived;
   const Shrink* shrink;  // or null
@@ -45,8 +48,8 @@ struct Plan {
   static constexpr int kWarps = kRowWarps * kTokenGroups;  // that multiply; one more copies
   static constexpr int kWeightBytes = kTileRows * 128, kInputBytes = kTokens * 128;
   static constexpr int kStageBytes = kWeightBytes + kInputBytes;
-  static constexpr int kPad = 8;  // elements behind the 32 outputs of a token, against conflicts
-  static constexpr int kOutBytes = kWarps * 16 * (32 + kPad) * 2;
+  static constexpr int kOutStride = 16 + 8;  // elements: 16 outputs of a token, and no conflicts
+  static constexpr int kOutBytes = kWarps * 16 * kOutStride * 2;
   static constexpr int kStages = (kBlockBytes - 1024 - kOutBytes) / kStageBytes;
   static constexpr int kSharedBytes = kBlockBytes;
   static constexpr int kHeld = 2 * (kWarpTokens / 8) * 4;  // float32 sums of a thread
@@ -59,6 +62,8 @@ struct Cut {
 
 struct Problem {
   int tokens, outs;
+  int parts;  // of W that a tile has rows of: 2, or 1 where they cannot be cut into eights
+  bool is_gated;
   Cut cut;
   float* partial;  // [blocks, 2, threads that multiply, kHeld]
   int* arrived;    // [tiles], zero between launches
@@ -98,13 +103,14 @@ struct Stages {
 // One thread: every unit's boxes, as stages become free.
 template <int kTokens>
 __device__ void copy_units(const Stages<kTokens>& stages, const CUtensorMap* w_map,
-                           const CUtensorMap* x_map, const Run& run, int chunks) {
+                           const CUtensorMap* x_map, const Run& run, const Problem& problem) {
   using P = Plan<kTokens>;
+  const int chunks = problem.cut.chunks, eights = kTileRows / 8 / problem.parts;
   const auto copy_weights = [&](int i) {
     const int unit = run.begin + i, stage = i % P::kStages;
     expect_bytes(&stages.full[stage], P::kStageBytes);
-    copy_box(stages.weights(stage), w_map, unit % chunks * kUnitColumns, unit / chunks * kTileRows,
-             &stages.full[stage], kEvictFirst);
+    copy_parts(stages.weights(stage), w_map, unit % chunks * kUnitColumns, unit / chunks * eights,
+               &stages.full[stage], kEvictFirst);
   };
   const auto copy_inputs = [&](int i) {
     const int stage = i % P::kStages;
@@ -195,33 +201,45 @@ __device__ bool gather(float (&sums)[Plan<kTokens>::kHeld], const Problem& probl
   return true;
 }
 
-// One warp: rounds its 32 outputs by kWarpTokens tokens and writes them, 16 tokens at a time
-// through its part of shared memory.
+// One warp: finishes 16 rows of tiles, from `row` on, by kWarpTokens tokens and writes them, 16 tokens
+// at a time through its part of shared memory.
 template <typename T, int kTokens>
-__device__ void store_tile(T* y, const T* bias, T* out, const float (&sums)[Plan<kTokens>::kHeld],
-                           const Problem& problem, int first_row, int first_token) {
+__device__ void store_rows(T* y, const T* bias, T* out,
+                           const float (&sums)[Plan<kTokens>::kWarpTokens / 8][4],
+                           const Problem& problem, int row, int first_token) {
   using P = Plan<kTokens>;
-  constexpr int kStride = 32 + P::kPad, kTiles = P::kWarpTokens / 8;
   const int lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
+  // The outputs that the first eight rows are, and the second.
+  const int low = row / problem.parts;
+  const int high = low + (problem.parts == 2 ? problem.outs / 2 : 8);
+  if (low >= problem.outs / problem.parts) return;
+  float added[2] = {0.f, 0.f};
+  if (bias != nullptr) {
+    added[0] = Pair<T>::widen(bias[low + group]);
+    if (high < problem.outs) added[1] = Pair<T>::widen(bias[high + group]);
+  }
+  const int sides = problem.is_gated ? 1 : 2;
+  const int width = problem.is_gated ? problem.outs / 2 : problem.outs;
 #pragma unroll
-  for (int pair = 0; pair < kTiles; pair += 2) {
+  for (int pair = 0; pair < P::kWarpTokens / 8; pair += 2) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int half = i / 8, tile = i / 4 % 2;
-      const int row = 16 * half + group + i % 4 / 2 * 8, token = 8 * tile + 2 * quad + i % 2;
-      float sum = sums[4 * (half * kTiles + pair + tile) + i % 4];
-      if (bias != nullptr && first_row + row < problem.outs)
-        sum += Pair<T>::widen(bias[first_row + row]);
-      out[token * kStride + row] = Pair<T>::round(sum);
+    for (int i = 0; i < 4; ++i) {
+      const float* held = sums[pair + i / 2];
+      T* to = out + (8 * (i / 2) + 2 * quad + i % 2) * P::kOutStride + group;
+      const float first = held[i % 2] + added[0], second = held[2 + i % 2] + added[1];
+      if (problem.is_gated) {
+        *to = Pair<T>::round(gated<T>(rounded<T>(first), rounded<T>(second)));
+      } else {
+        to[0] = Pair<T>::round(first);
+        to[8] = Pair<T>::round(second);
+      }
     }
     __syncwarp();
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      const int token = 8 * tile + group, row = 8 * quad, at = first_token + 8 * pair + token;
-      if (at < problem.tokens && first_row + row < problem.outs)
-        *reinterpret_cast<uint4*>(y + static_cast<int64_t>(at) * problem.outs + first_row + row) =
-            *reinterpret_cast<const uint4*>(out + token * kStride + row);
-    }
+    const int token = lane / sides, at = first_token + 8 * pair + token;
+    const int start = lane % sides ? high : low;
+    if (token < 16 && at < problem.tokens && start < problem.outs)
+      *reinterpret_cast<uint4*>(y + static_cast<int64_t>(at) * width + start) =
+          *reinterpret_cast<const uint4*>(out + token * P::kOutStride + lane % sides * 8);
     __syncwarp();
   }
 }
@@ -258,12 +276,12 @@ __global__ void __launch_bounds__(32 * (Plan<kTokens>::kWarps + 1 + kShrinkWarps
     return;
   }
   if (warp == P::kWarps) {
-    if (threadIdx.x % 32 == 0) copy_units<kTokens>(stages, &w_map, &x_map, run, chunks);
+    if (threadIdx.x % 32 == 0) copy_units<kTokens>(stages, &w_map, &x_map, run, problem);
     return;
   }
   wait_for_inputs();
   const int row = 32 * (warp % kRowWarps), first_token = warp / kRowWarps * P::kWarpTokens;
-  T* out = reinterpret_cast<T*>(bytes + P::kStages * P::kStageBytes) + warp * 16 * (32 + P::kPad);
+  T* out = reinterpret_cast<T*>(bytes + P::kStages * P::kStageBytes) + warp * 16 * P::kOutStride;
   int done = 0;  // units
   for (int unit = run.begin; unit < run.end;) {
     const int tile = unit / chunks, first = tile * chunks;
@@ -280,7 +298,10 @@ __global__ void __launch_bounds__(32 * (Plan<kTokens>::kWarps + 1 + kShrinkWarps
       if (threadIdx.x % 32 == 0) arrive(&empty[stage]);
     }
     if (is_shared && !gather<kTokens>(held, problem, tile, run)) continue;
-    store_tile<T, kTokens>(y, bias, out, held, problem, tile * kTileRows + row, first_token);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      store_rows<T, kTokens>(y, bias, out, sums[half], problem, tile * kTileRows + row + 16 * half,
+                             first_token);
   }
 #endif
 }
@@ -291,7 +312,11 @@ Cut cut_of(int outs, int wide) {
   static const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
   const int tiles = (outs + kTileRows - 1) / kTileRows;
   const int chunks = (wide + kUnitColumns - 1) / kUnitColumns;
-  return {tiles, chunks, std::max(1, std::min(processors, tiles * chunks / kMinUnits))};
+  const int units = tiles * chunks;
+  const int most = std::max(1, std::min(processors, units / kMinUnits));
+  // Runs all as long as the longest end where tiles do more often: fewer parts to gather.
+  const int longest = (units + most - 1) / most;
+  return {tiles, chunks, units % longest == 0 ? units / longest : most};
 }
 
 template <typename T, int kTokens>
@@ -302,13 +327,16 @@ int launch_stream(const Arguments& given, cudaStream_t stream) {
       cudaFuncSetAttribute(stream_kernel<T, kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                            P::kSharedBytes);
   if (allowed != cudaSuccess) return allowed;
+  const int parts = given.outs % 16 == 0 ? 2 : 1;
+  if (given.is_gated && parts == 1) return cudaErrorInvalidValue;
   CUtensorMap w_map, x_map;
-  int status = describe_matrix(&w_map, kIsHalf, given.w, given.outs, given.wide, kTileRows);
+  int status = describe_parts(&w_map, kIsHalf, given.w, given.outs, given.wide, kTileRows, parts);
   if (status == cudaSuccess)
     status = describe_matrix(&x_map, kIsHalf, given.x, given.rows, given.wide, kTokens);
   if (status != cudaSuccess) return status;
   const Cut cut = cut_of(given.outs, given.wide);
-  const Problem problem{given.rows, given.outs, cut, given.partial, given.arrived};
+  const Problem problem{given.rows, given.outs,    parts,        given.is_gated != 0,
+                        cut,        given.partial, given.arrived};
   const int warps = P::kWarps + 1 + (given.shrink != nullptr ? kShrinkWarps : 0);
   return launch(stream_kernel<T, kTokens>, dim3(cut.blocks), 32 * warps, P::kSharedBytes, stream,
                 w_map, x_map, static_cast<T*>(given.y), static_cast<const T*>(given.bias), problem,

@@ -12,6 +12,7 @@ from lorafleet.kernels.decode_attention.reference import decode_attention as ref
 from lorafleet.kernels.fetch.op import fetch_
 from lorafleet.kernels.fused import cuda as fused_cuda
 from lorafleet.kernels.fused import reference as fused_reference
+from lorafleet.kernels.fused.op import silu_product
 from lorafleet.kernels.greedy.op import greedy
 from lorafleet.kernels.linear import cuda as stream
 from lorafleet.kernels.linear.op import linear
@@ -169,6 +170,25 @@ def test_stream_linear(rows: int, wide: int, outs: int, dtype: torch.dtype) -> N
         assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.skipif(NO_HOPPER, reason="needs the copy engine of Hopper")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 13, 16, 32, 40, 64])
+@pytest.mark.parametrize(("wide", "width"), [(64, 8), (72, 72), (4096, 3072), (512, 14336)])
+def test_a_gated_product_is_the_product_and_then_silu(
+    rows: int, wide: int, width: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(rows, wide, device="cuda").to(dtype)
+    weight = (torch.randn(2 * width, wide, device="cuda") / wide**0.5).to(dtype)
+    assert stream.supports_gated(x, weight)
+    for bias in (None, torch.randn(2 * width, device="cuda").to(dtype)):
+        poison()
+        found = [stream.linear(x, weight, bias, is_gated=True) for _ in range(3)]
+        expected = fused_cuda.silu_mul(stream.linear(x, weight, bias))
+        assert torch.equal(found[0], expected)
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize(
     "slots", [[1], [1, 2, 3, 4, 5, 6, 0], [3] * 6 + [0, 5], [2] * 70 + [0] * 30 + [6, 4]]
 )
@@ -196,10 +216,10 @@ def test_a_line_of_launches_that_overlap_gives_what_single_ones_give(rows: int) 
 
     def run(pause: Callable[[], None]) -> torch.Tensor:
         residual, x = start.clone(), start
-        for _ in range(12):
-            gate_up = linear(x, up)
+        for i in range(12):
+            gated = silu_product(x, up) if i % 2 else fused_cuda.silu_mul(linear(x, up))
             pause()
-            product = linear(fused_cuda.silu_mul(gate_up), down)
+            product = linear(gated, down)
             pause()
             x = fused_cuda.rms_norm(product, residual, norm, 1e-5)
             pause()
@@ -273,6 +293,7 @@ def test_lora_in_a_captured_graph_serves_every_mix() -> None:
         ([600] * 3 + [1, 2047], None, None),
         ([600, 5, 40, 39, 64], 40, None),
         (list(range(3, 900, 14)), 512, None),
+        ([0, 15, 16, 31, 32, 33, 48, 2047] * 9, None, 30.0),
     ],
 )
 def test_decode_attention(
