@@ -93,7 +93,9 @@ def _fingerprint(files: Sequence[Path], archs: Sequence[int]) -> str:
 
 
 def _build(nvcc: str, sources: Sequence[Path], archs: Sequence[int], target: Path) -> None:
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in sorted(archs)]
+    codes = [
+        f"-gencode=arch=compute_{_exact(arch)},code=sm_{_exact(arch)}" for arch in sorted(archs)
+    ]
     newest = max(archs)
     codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -108,6 +110,11 @@ def _build(nvcc: str, sources: Sequence[Path], archs: Sequence[int], target: Pat
         logs.append(_run([nvcc, "-shared", *codes, *map(str, objects), "-o", str(linked)]))
         target.with_suffix(".log").write_text("\n".join(logs))
         os.replace(linked, target)
+
+
+def _exact(arch: int) -> str:
+    """With what only this architecture has: Hopper's products of a warp group."""
+    return "90a" if arch == 90 else str(arch)
 
 
 def _run(command: Sequence[str]) -> str:

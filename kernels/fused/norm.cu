@@ -118,6 +118,12 @@ template <typename T, int kVecs>
 __global__ void __launch_bounds__(512)
     rms_norm_kernel(T* out, T* residual, const T* x, const T* weight, int hidden, float eps) {
   let_next_begin();
+  uint4 weights[kVecs];
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    const int at = (i * blockDim.x + threadIdx.x) * kWide;
+    if (at < hidden) weights[i] = load16(weight + at);
+  }
   wait_for_inputs();
   const int64_t row = static_cast<int64_t>(blockIdx.x) * hidden;
   Vec<T> held[kVecs];
@@ -141,7 +147,7 @@ __global__ void __launch_bounds__(512)
   for (int i = 0; i < kVecs; ++i) {
     const int at = (i * blockDim.x + threadIdx.x) * kWide;
     if (at < hidden) {
-      Vec<T> w = Vec<T>::load(weight + at);
+      Vec<T> w = Vec<T>::unpack(weights[i]);
 #pragma unroll
       for (int j = 0; j < kWide; ++j) w.x[j] *= rounded<T>(held[i].x[j] * scale);
       w.store(out + row + at);

@@ -8,7 +8,7 @@
 namespace lorafleet {
 
 // 2-byte elements in boxes of `box`, as `swizzled` has rows of 128 bytes; the first dimension lies
-// side by side, the others `strides` bytes apart. What a box covers outside of `sizes` reads as zero.
+// side by side, the others `strides` bytes apart. What a box covers outside of `sizes` reads as 0.
 template <int kDims>
 int describe_boxes(CUtensorMap* map, bool is_half, const void* matrix,
                    const cuuint64_t (&sizes)[kDims], const cuuint64_t (&strides)[kDims - 1],

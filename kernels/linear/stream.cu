@@ -2,10 +2,10 @@
 //
 // The product is cut into units of 128 rows of W by 64 columns, and the units, tile by tile, into
 // one run of equal length for each multiprocessor (Stream-K, Osama 2023), so that all of them read
-// W all the time. A block's warps have roles: some multiply, W as the row operand of the tensor
-// cores and x as the column operand; one keeps the copy engine busy, kStages units ahead; some may
-// compute the LoRA shrink of the same x. W needs nothing from the kernel before, so a block asks for
-// the first units of its run before it waits for x.
+// W all the time. A block's warps have roles: eight multiply, W as the row operand of the tensor
+// cores and x as the column operand, both from shared memory; one keeps the copy engine busy,
+// kStages units ahead; some may compute the LoRA shrink of the same x. W needs nothing from the
+// kernel before, so a block asks for the first units of its run before it waits for x.
 //
 // A tile's rows are eights from the first half of W and from the second in turn, so that a thread
 // that holds an output of the gate also holds the same of up, and may give silu(gate) * up instead.
@@ -14,6 +14,7 @@
 // them, in the order of the blocks.
 #include "../lora/shrink.cuh"
 #include "copy_engine.cuh"
+#include "warp_group.cuh"
 
 #include <algorithm>
 #include <type_traits>
@@ -34,7 +35,7 @@ namespace {
 
 constexpr int kTileRows = 128;
 constexpr int kUnitColumns = 64;
-constexpr int kRowWarps = kTileRows / 32;  // a warp takes 32 rows of W
+constexpr int kWarps = kTileRows / 16;  // that multiply: a warp takes 16 rows of W; one more copies
 
 constexpr int kShrinkWarps = 4;
 
@@ -43,16 +44,13 @@ struct Plan {
   // Of shared memory: more than half of a multiprocessor's, since two blocks on one would leave
   // another without; little enough for a block of the attention beside it.
   static constexpr int kBlockBytes = 120 << 10;
-  static constexpr int kTokenGroups = kTokens > 32 ? 2 : 1;
-  static constexpr int kWarpTokens = kTokens / kTokenGroups;
-  static constexpr int kWarps = kRowWarps * kTokenGroups;  // that multiply; one more copies
   static constexpr int kWeightBytes = kTileRows * 128, kInputBytes = kTokens * 128;
   static constexpr int kStageBytes = kWeightBytes + kInputBytes;
   static constexpr int kOutStride = 16 + 8;  // elements: 16 outputs of a token, and no conflicts
   static constexpr int kOutBytes = kWarps * 16 * kOutStride * 2;
   static constexpr int kStages = (kBlockBytes - 1024 - kOutBytes) / kStageBytes;
   static constexpr int kSharedBytes = kBlockBytes;
-  static constexpr int kHeld = 2 * (kWarpTokens / 8) * 4;  // float32 sums of a thread
+  static constexpr int kHeld = kTokens / 2;  // float32 sums of a thread
 };
 
 // How a weight is cut into units, and the units into runs.
@@ -128,39 +126,44 @@ __device__ void copy_units(const Stages<kTokens>& stages, const CUtensorMap* w_m
   }
 }
 
-// One warp: adds a unit's part to its 32 rows by kWarpTokens tokens.
+// Four warps: add a unit's part to their 64 rows by kTokens tokens. Each holds 16 rows, as `mma`
+// has them for one tile of 8 tokens after the other.
 template <typename T, int kTokens>
-__device__ void multiply_unit(float (&sums)[2][Plan<kTokens>::kWarpTokens / 8][4],
-                              uint32_t weights, uint32_t inputs) {
-  constexpr int kPairs = Plan<kTokens>::kWarpTokens / 16;
-  const int lane = threadIdx.x % 32;
-  const int w_row = lane % 16, x_row = lane / 16 * 8 + lane % 8;
+__device__ void multiply_unit(float (&sums)[Plan<kTokens>::kHeld], const unsigned char* weights,
+                              const unsigned char* inputs) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  const uint64_t w = describe_tile(weights), x = describe_tile(inputs);
+  begin_products(sums);
+#pragma unroll
+  for (int step = 0; step < kUnitColumns / 16; ++step)
+    multiply_tile<T>(sums, w + kStep * step, x + kStep * step);
+  end_products(sums);
+#else
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int w_row = 16 * warp + lane % 16, x_row = lane / 16 * 8 + lane % 8;
 #pragma unroll
   for (int step = 0; step < kUnitColumns / 16; ++step) {
-    uint32_t w[2][4];
+    uint32_t w[4];
+    load_matrices(w, shared_address(weights) + swizzled(w_row, 2 * step + lane / 16));
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      load_matrices(w[half], weights + swizzled(16 * half + w_row, 2 * step + lane / 16));
-#pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
+    for (int i = 0; i < Plan<kTokens>::kHeld; i += 8) {
       uint32_t x[4];
-      load_matrices(x, inputs + swizzled(16 * pair + x_row, 2 * step + lane / 8 % 2));
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        mma<T>(sums[half][2 * pair], w[half][0], w[half][1], w[half][2], w[half][3], x[0], x[1]);
-        mma<T>(sums[half][2 * pair + 1], w[half][0], w[half][1], w[half][2], w[half][3], x[2],
-               x[3]);
-      }
+      load_matrices(x, shared_address(inputs) + swizzled(2 * i + x_row, 2 * step + lane / 8 % 2));
+      auto& low = reinterpret_cast<float(&)[4]>(sums[i]);
+      auto& high = reinterpret_cast<float(&)[4]>(sums[i + 4]);
+      mma<T>(low, w[0], w[1], w[2], w[3], x[0], x[1]);
+      mma<T>(high, w[0], w[1], w[2], w[3], x[2], x[3]);
     }
   }
+#endif
 }
 
 // Replaces `sums`, this block's part of a tile, by the whole tile's, in the block that comes last.
 template <int kTokens>
 __device__ bool gather(float (&sums)[Plan<kTokens>::kHeld], const Problem& problem, int tile,
                        const Run& run) {
-  using P = Plan<kTokens>;
-  constexpr int kThreads = 32 * P::kWarps, kPieces = P::kHeld / 4;
+  constexpr int kThreads = 32 * kWarps, kPieces = Plan<kTokens>::kHeld / 4;
+  constexpr int kAtOnce = 16 / kPieces;  // parts on their way
   __shared__ bool is_last;
   // A block's part is its first if the run began inside of the tile, else its second.
   const auto part_of = [&](int owner, bool began_inside) {
@@ -176,17 +179,17 @@ __device__ bool gather(float (&sums)[Plan<kTokens>::kHeld], const Problem& probl
         make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
   const int from = block_of(first, cut), to = block_of(first + cut.chunks - 1, cut);
   __threadfence();
-  meet<P::kWarps>();
+  meet<kWarps>();
   if (threadIdx.x == 0) {
     is_last = atomicAdd(problem.arrived + tile, 1) == to - from;
     if (is_last) problem.arrived[tile] = 0;  // as the next launch expects it
   }
-  meet<P::kWarps>();
+  meet<kWarps>();
   if (!is_last) return false;
   __threadfence();
 #pragma unroll
-  for (int i = 0; i < P::kHeld; ++i) sums[i] = 0.f;
-#pragma unroll 4
+  for (float& sum : sums) sum = 0.f;
+#pragma unroll kAtOnce
   for (int owner = from; owner <= to; ++owner) {
     const float4* part = part_of(owner, run_of(owner, cut).begin > first);
 #pragma unroll
@@ -201,12 +204,11 @@ __device__ bool gather(float (&sums)[Plan<kTokens>::kHeld], const Problem& probl
   return true;
 }
 
-// One warp: finishes 16 rows of tiles, from `row` on, by kWarpTokens tokens and writes them, 16 tokens
-// at a time through its part of shared memory.
+// One warp: finishes 16 rows of tiles, from `row` on, and writes them, 16 tokens at a time through
+// its part of shared memory.
 template <typename T, int kTokens>
-__device__ void store_rows(T* y, const T* bias, T* out,
-                           const float (&sums)[Plan<kTokens>::kWarpTokens / 8][4],
-                           const Problem& problem, int row, int first_token) {
+__device__ void store_rows(T* y, const T* bias, T* out, const float (&sums)[Plan<kTokens>::kHeld],
+                           const Problem& problem, int row) {
   using P = Plan<kTokens>;
   const int lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
   // The outputs that the first eight rows are, and the second.
@@ -221,10 +223,10 @@ __device__ void store_rows(T* y, const T* bias, T* out,
   const int sides = problem.is_gated ? 1 : 2;
   const int width = problem.is_gated ? problem.outs / 2 : problem.outs;
 #pragma unroll
-  for (int pair = 0; pair < P::kWarpTokens / 8; pair += 2) {
+  for (int first_token = 0; first_token < kTokens; first_token += 16) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float* held = sums[pair + i / 2];
+      const float* held = sums + first_token / 2 + i / 2 * 4;
       T* to = out + (8 * (i / 2) + 2 * quad + i % 2) * P::kOutStride + group;
       const float first = held[i % 2] + added[0], second = held[2 + i % 2] + added[1];
       if (problem.is_gated) {
@@ -235,7 +237,7 @@ __device__ void store_rows(T* y, const T* bias, T* out,
       }
     }
     __syncwarp();
-    const int token = lane / sides, at = first_token + 8 * pair + token;
+    const int token = lane / sides, at = first_token + token;
     const int start = lane % sides ? high : low;
     if (token < 16 && at < problem.tokens && start < problem.outs)
       *reinterpret_cast<uint4*>(y + static_cast<int64_t>(at) * width + start) =
@@ -249,7 +251,7 @@ __device__ void store_rows(T* y, const T* bias, T* out,
 // grid: at most one block a multiprocessor. Blocks have kShrinkWarps more warps where the launch
 // carries a shrink.
 template <typename T, int kTokens>
-__global__ void __launch_bounds__(32 * (Plan<kTokens>::kWarps + 1 + kShrinkWarps), 1)
+__global__ void __launch_bounds__(32 * (kWarps + 1 + kShrinkWarps), 1)
     stream_kernel(const __grid_constant__ CUtensorMap w_map,
                   const __grid_constant__ CUtensorMap x_map, T* y, const T* bias, Problem problem,
                   const T* x, Shrink shrink) {
@@ -264,44 +266,39 @@ __global__ void __launch_bounds__(32 * (Plan<kTokens>::kWarps + 1 + kShrinkWarps
   if (threadIdx.x == 0) {
     for (int i = 0; i < P::kStages; ++i) {
       init_barrier(&full[i], 1);
-      init_barrier(&empty[i], P::kWarps);
+      init_barrier(&empty[i], kWarps);
     }
     publish_barriers();
   }
   __syncthreads();
   const Run run = run_of(blockIdx.x, problem.cut);
-  if (warp > P::kWarps) {
-    shrink_items<T, kShrinkWarps>(shrink, x, threadIdx.x - 32 * (P::kWarps + 1), blockIdx.x,
+  if (warp > kWarps) {
+    shrink_items<T, kShrinkWarps>(shrink, x, threadIdx.x - 32 * (kWarps + 1), blockIdx.x,
                                   gridDim.x);
     return;
   }
-  if (warp == P::kWarps) {
+  if (warp == kWarps) {
     if (threadIdx.x % 32 == 0) copy_units<kTokens>(stages, &w_map, &x_map, run, problem);
     return;
   }
   wait_for_inputs();
-  const int row = 32 * (warp % kRowWarps), first_token = warp / kRowWarps * P::kWarpTokens;
   T* out = reinterpret_cast<T*>(bytes + P::kStages * P::kStageBytes) + warp * 16 * P::kOutStride;
   int done = 0;  // units
   for (int unit = run.begin; unit < run.end;) {
     const int tile = unit / chunks, first = tile * chunks;
     const int stop = min(run.end, first + chunks);
     const bool is_shared = unit > first || stop < first + chunks;
-    float held[P::kHeld] = {};
-    auto& sums = reinterpret_cast<float(&)[2][P::kWarpTokens / 8][4]>(held);
+    float sums[P::kHeld] = {};
     for (; unit < stop; ++unit, ++done) {
       const int stage = done % P::kStages;
       wait(&full[stage], done / P::kStages % 2);
-      multiply_unit<T, kTokens>(sums, shared_address(stages.weights(stage)) + row * 128,
-                                shared_address(stages.inputs(stage)) + first_token * 128);
+      multiply_unit<T, kTokens>(sums, stages.weights(stage) + warp / 4 * 64 * 128,
+                                stages.inputs(stage));
       __syncwarp();
       if (threadIdx.x % 32 == 0) arrive(&empty[stage]);
     }
-    if (is_shared && !gather<kTokens>(held, problem, tile, run)) continue;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      store_rows<T, kTokens>(y, bias, out, sums[half], problem, tile * kTileRows + row + 16 * half,
-                             first_token);
+    if (is_shared && !gather<kTokens>(sums, problem, tile, run)) continue;
+    store_rows<T, kTokens>(y, bias, out, sums, problem, tile * kTileRows + 16 * warp);
   }
 #endif
 }
@@ -337,7 +334,7 @@ int launch_stream(const Arguments& given, cudaStream_t stream) {
   const Cut cut = cut_of(given.outs, given.wide);
   const Problem problem{given.rows, given.outs,    parts,        given.is_gated != 0,
                         cut,        given.partial, given.arrived};
-  const int warps = P::kWarps + 1 + (given.shrink != nullptr ? kShrinkWarps : 0);
+  const int warps = kWarps + 1 + (given.shrink != nullptr ? kShrinkWarps : 0);
   return launch(stream_kernel<T, kTokens>, dim3(cut.blocks), 32 * warps, P::kSharedBytes, stream,
                 w_map, x_map, static_cast<T*>(given.y), static_cast<const T*>(given.bias), problem,
                 static_cast<const T*>(given.x), given.shrink != nullptr ? *given.shrink : Shrink{});
