@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(32 * kWarps, 6)
 }
 
 // The same for tiles. grid (tiles of 128 outputs, token tiles); a warp has 64 of gate and of up and
-// 32 tokens, whose products it adds to in registers: loads and stores of 16 bytes, no shared memory.
+// 32 tokens.
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, 4)
     silu_mul_tiles_kernel(T* out, const T* gate_up, int width, Pending pending) {
@@ -214,32 +214,29 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   const WarpPlace place(tokens);
   const int start = blockIdx.x * kTileOuts + place.offset, columns = width - start;
   if (place.first >= place.end || columns <= 0) return;  // a captured step has room for more tiles
-  const T* gate_at = gate_up + static_cast<int64_t>(tokens.first) * 2 * width + start + place.c;
-  T* out_at = out + static_cast<int64_t>(tokens.first) * width + start + place.c;
-  uint4 gates[2], ups[2];
-  const auto load = [&](int t) {
-    load_products(gates, gate_at, 2 * width, place, t, columns);
-    load_products(ups, gate_at + width, 2 * width, place, t, columns);
-  };
-  load(place.first);
+  ProductRing<T, 2> ring(gate_up + static_cast<int64_t>(tokens.first) * 2 * width + start,
+                         2 * width, width, place, columns);
+  for (int i = 0; i < ring.kAhead; ++i) ring.start(place.first + i * kGroup);
   const SiteRow& row = row_of(pending.site, tokens.slot);
   WarpOuts<T> gate(half_at<T>(pending.site, row, start, columns));
   WarpOuts<T> up(half_at<T>(pending.site, row, width + start, columns));
   uint2 gate_h = gate.load_h(pending, tokens, place.first, 0);
   uint2 up_h = up.load_h(pending, tokens, place.first, 0);
+  T* out_at = out + static_cast<int64_t>(tokens.first) * width + start + place.c;
 #pragma unroll 1
   for (int t = place.first; t < place.end; t += kGroup) {
-    gate.finish(gates, gate_h, pending, tokens, t);
-    up.finish(ups, up_h, pending, tokens, t);
-    const uint4 finished[2][2] = {{gates[0], ups[0]}, {gates[1], ups[1]}};
-    load(t + kGroup);  // under way while the present ones are multiplied
+    uint4 sums[2][2];
+    ring.take(sums, t);
+    ring.start(t + ring.kAhead * kGroup);
+    gate.finish(sums[0], gate_h, pending, tokens, t);
+    up.finish(sums[1], up_h, pending, tokens, t);
     gate_h = gate.load_h(pending, tokens, t + kGroup, 0);
     up_h = up.load_h(pending, tokens, t + kGroup, 0);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = place.token(t, i);
       if (token < place.end && place.c < columns)
-        silu_times(Vec<T>::unpack(finished[i][0]), Vec<T>::unpack(finished[i][1]))
+        silu_times(Vec<T>::unpack(sums[0][i]), Vec<T>::unpack(sums[1][i]))
             .store(out_at + static_cast<int64_t>(token) * width);
     }
   }

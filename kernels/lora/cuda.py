@@ -207,6 +207,12 @@ def _is_half(tensor: torch.Tensor) -> int:
     return int(tensor.dtype == torch.float16)
 
 
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """For work beside the products, one for the device."""
+    return torch.cuda.Stream(device)
+
+
 def _stream() -> int:
     return torch.cuda.current_stream().cuda_stream
 

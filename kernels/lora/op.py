@@ -38,6 +38,8 @@ _MAX_PADDING = 2  # rows with padding over rows without, in a grid
 # What the decode form of the kernels is made for; longer segments go to tensor cores.
 MAX_DECODE_TOKENS = 256
 _MAX_DECODE_SEGMENT = 16
+# A shorter product ends before the host has launched both.
+_MIN_TOKENS_BESIDE = 2048
 # Tokens times their largest rank; beyond, a product's spare warps are too few for the bytes of A.
 _MAX_CARRIED = 1024
 
@@ -172,14 +174,38 @@ def lora_product(
         return y, None
     slots, max_rank = batch.row_slots, batch.max_rank
     if not batch.is_decode:
-        tiled = cuda.shrink_tiles(x, site, slots, batch.tiles, batch.arrived, max_rank)
-        return linear(x, weight, bias), Pending(tiled, site, slots)
+        y, tiled = _tiled_product(x, weight, bias, site, batch)
+        return y, Pending(tiled, site, slots)
     if len(x) * max_rank <= _MAX_CARRIED and stream.supports(x, weight):
         y, shrunk = cuda.shrink_with_linear(x, weight, bias, site, slots, max_rank)
     else:
         shrunk = cuda.shrink(x, site, slots, max_rank)
         y = linear(x, weight, bias)
     return y, Pending(shrunk, site, slots)
+
+
+def _tiled_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    site: SiteWeights,
+    batch: LoraBatch,
+) -> tuple[torch.Tensor, ShrunkTiles]:
+    """x @ weight^T + bias, and the shrink of tiles: beside the product where it takes long.
+
+    The product has the device first; the shrink's blocks go where its last ones leave room.
+    """
+    shrink = (x, site, batch.row_slots, batch.tiles, batch.arrived, batch.max_rank)
+    if len(x) < _MIN_TOKENS_BESIDE:
+        return linear(x, weight, bias), cuda.shrink_tiles(*shrink)
+    present, beside = torch.cuda.current_stream(), cuda.side_stream(x.device)
+    beside.wait_stream(present)
+    y = linear(x, weight, bias)
+    with torch.cuda.stream(beside):
+        # What is made here goes back to this stream, whose next use of it waits as this one did.
+        tiled = cuda.shrink_tiles(*shrink)
+    present.wait_stream(beside)
+    return y, tiled
 
 
 def lora_add_(y: torch.Tensor, x: torch.Tensor, site: SiteWeights, batch: LoraBatch) -> None:

@@ -25,6 +25,12 @@ __device__ bool comes_last(int* arrived, int count) {
   return last;
 }
 
+// As copy_async; the L2 fetches 256 bytes, of which the units to come want the rest.
+__device__ void copy_ahead(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0));
+}
+
 // Rows of x and of A, `wide` apart, and the units of 64 columns over which they are multiplied.
 template <typename T>
 struct Factors {
@@ -50,11 +56,11 @@ __device__ void multiply(float (&d)[kTileRanks / 8][4], const Factors<T>& of, ui
       const bool inside = k + piece * kWide < of.wide;
 #pragma unroll
       for (int i = 0; i < 64 / kRows; ++i)
-        copy_async(to + i * kRows * 128, x + i * kRows * of.wide + k,
+        copy_ahead(to + i * kRows * 128, x + i * kRows * of.wide + k,
                    inside && r + i * kRows < of.count);
 #pragma unroll
       for (int i = 0; i < kGroups; ++i)
-        copy_async(to + kBoxBytes + i * kRows * 128, a + i * kRows * of.wide + k,
+        copy_ahead(to + kBoxBytes + i * kRows * 128, a + i * kRows * of.wide + k,
                    inside && r + i * kRows < of.columns);
     }
     asm volatile("cp.async.commit_group;");

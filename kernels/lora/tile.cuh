@@ -49,17 +49,60 @@ struct WarpPlace {
   __device__ static int token(int t, int i) { return t + threadIdx.x % 4 * 2 + i; }
 };
 
-// This lane's products of the 8 tokens from t on; the tile's first token has its own `at`.
-template <typename T>
-__device__ void load_products(uint4 (&products)[2], const T* at, int64_t width,
-                              const WarpPlace& place, int t, int columns) {
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int token = place.token(t, i);
-    products[i] = token < place.end && place.c < columns ? load16(at + token * width)
-                                                         : make_uint4(0, 0, 0, 0);
+// A warp's products of kParts parts that lie `apart`, 8 tokens at a time. They wait in shared memory,
+// each lane's in places of its own that nobody else touches: many can be on their way without
+// registers, and none is waited for by others.
+template <typename T, int kParts>
+class ProductRing {
+ public:
+  static constexpr int kAhead = 3;  // groups of 8 tokens on their way
+
+  // `first`: of the tile's first token, at the warp's first output, of which `columns` are there.
+  __device__ ProductRing(const T* first, int64_t width, int64_t apart, const WarpPlace& place,
+                         int columns)
+      : from_(first + place.c), width_(width), apart_(apart), place_(place),
+        is_inside_(place.c < columns) {
+    __shared__ __align__(16) uint4 places[kStages][2 * kParts][kTileThreads];
+    mine_ = shared_address(&places[0][0][threadIdx.x]);
   }
-}
+
+  // Starts the way of the 8 tokens from t on; every group in turn, also those past the end.
+  __device__ void start(int t) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = place_.token(t, i);
+      const bool valid = is_inside_ && token < place_.end;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+        copy_async(place_of(t, part, i), from_ + part * apart_ + token * width_, valid);
+    }
+    asm volatile("cp.async.commit_group;");
+  }
+
+  // The 8 tokens from t on, while kAhead groups have been started from there; zeros where there is
+  // none.
+  __device__ void take(uint4 (&products)[kParts][2], int t) const {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) products[part][i] = load_shared16(place_of(t, part, i));
+  }
+
+ private:
+  static constexpr int kStages = kAhead + 1;
+
+  __device__ uint32_t place_of(int t, int part, int i) const {
+    const int stage = t / kGroup % kStages;
+    return mine_ + ((stage * kParts + part) * 2 + i) * kTileThreads * 16;
+  }
+
+  const T* from_;
+  int64_t width_, apart_;
+  WarpPlace place_;
+  bool is_inside_;
+  uint32_t mine_;
+};
 
 // A warp's 64 outputs of a tile, for 8 of its tokens at a time, without shared memory: outputs and
 // ranks are dealt to the fragments of mma so that a lane, 4 * group + quad, loads 16 bytes of each of
@@ -138,30 +181,22 @@ __device__ void finish_products(const T* products, int64_t width, const WarpPlac
                                 const Half<T>& half, const Pending& pending,
                                 const TileTokens& tokens, Store&& store) {
   if (place.first >= place.end || half.columns == 0) return;
-  constexpr int kGroups = 2;  // on their way at a time
-  uint4 held[kGroups][2];
-  const auto load = [&](int t) {
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i)
-      load_products(held[i], products + place.c, width, place, t + i * kGroup, half.columns);
-  };
-  load(place.first);
+  ProductRing<T, 1> ring(products, width, 0, place, half.columns);
+  for (int i = 0; i < ring.kAhead; ++i) ring.start(place.first + i * kGroup);
   WarpOuts<T> outs(half);
+  uint2 h = outs.load_h(pending, tokens, place.first, 0);
 #pragma unroll 1
-  for (int t = place.first; t < place.end; t += kGroups * kGroup) {
-    uint2 h[kGroups];
+  for (int t = place.first; t < place.end; t += kGroup) {
+    uint4 sums[1][2];
+    ring.take(sums, t);
+    ring.start(t + ring.kAhead * kGroup);
+    outs.finish(sums[0], h, pending, tokens, t);
+    h = outs.load_h(pending, tokens, t + kGroup, 0);
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) h[i] = outs.load_h(pending, tokens, t + i * kGroup, 0);
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      outs.finish(held[i], h[i], pending, tokens, t + i * kGroup);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int token = place.token(t + i * kGroup, j);
-        if (token < place.end && place.c < half.columns) store(token, place.c, held[i][j]);
-      }
+    for (int i = 0; i < 2; ++i) {
+      const int token = place.token(t, i);
+      if (token < place.end && place.c < half.columns) store(token, place.c, sums[0][i]);
     }
-    load(t + kGroups * kGroup);
   }
 }
 

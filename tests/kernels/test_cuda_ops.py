@@ -205,6 +205,25 @@ def test_a_product_and_what_is_pending_make_the_whole(slots: list[int]) -> None:
     assert torch.equal(found, expected)
 
 
+def test_a_shrink_beside_a_long_product_is_waited_for() -> None:
+    """Each product's input is overwritten as soon as the stream allows."""
+    site = Site(4096, (256,), MIXED_RANKS, torch.bfloat16)
+    slots = [1] * 900 + [0] * 300 + [4] * 1000 + [5] * 848
+    batch = batch_of(slots, site.max_rank)
+    x = torch.randn(len(slots), 4096, device="cuda").bfloat16()
+    weight = torch.randn(256, 4096, device="cuda").bfloat16() / 64
+    expected = linear(x, weight)
+    lora_add_(expected, x, site.weights, batch)
+    used = x.clone()
+    for _ in range(30):
+        used.copy_(x)
+        y, pending = lora_product(used, weight, None, site.weights, batch)
+        assert pending is not None
+        pending.add_(y)
+        used.zero_()
+        assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_a_line_of_launches_that_overlap_gives_what_single_ones_give(rows: int) -> None:
     """Each kernel begins before the one in front of it has ended; nothing may be read too early."""
