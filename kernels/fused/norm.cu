@@ -1,5 +1,5 @@
-// rms_norm and add_rms_norm_ of op.py. One block a row, 16 bytes a thread; for tiles one for 16 rows.
-#include "../lora/expand.cuh"
+// rms_norm and add_rms_norm_ of op.py. One block a row, 16 bytes a thread; for tiles one for 8 rows.
+#include "../lora/tile.cuh"
 
 namespace lorafleet {
 namespace {
@@ -101,9 +101,118 @@ __global__ void __launch_bounds__(256)
   w.store(out + place);
 }
 
+// The same for tiles: 8 tokens a block, 256 outputs a warp at a time. Sums the squares in the order of
+// rms_norm_kernel's one piece a thread: a row without an adapter keeps its bits. grid (groups of 8
+// tokens of a tile, tiles); dynamic shared memory: what each thread has yet to norm.
+constexpr int kNormThreads = 32 * kGroup;
+constexpr int kChunkHalves = 4;
+constexpr int kChunk = kChunkHalves * kHalfOuts;
+constexpr int kMaxTileHidden = 4096;
+
+template <typename T>
+__global__ void __launch_bounds__(kNormThreads, 2)
+    norm_tiles_kernel(T* out, T* residual, const T* x, const T* weight, int hidden, float eps,
+                      Pending pending) {
+  extern __shared__ uint4 held[];  // [halves of this warp][2][kNormThreads]
+  __shared__ float squares[kGroup][kMaxTileHidden / kChunk], scales[kGroup];
+  let_next_begin();
+  wait_for_inputs();
+  const TileTokens tokens(pending, blockIdx.y);
+  const int t = blockIdx.x * kGroup;
+  if (t >= tokens.count) return;
+  const SiteRow& row = row_of(pending.site, tokens.slot);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane / 4 * kWide;
+  const int chunks = (hidden + kChunk - 1) / kChunk;
+  const auto place_of = [&](int i) { return tokens.first + t + lane % 4 * 2 + i; };
+  const auto is_there = [&](int start, int i) {
+    return t + lane % 4 * 2 + i < tokens.count && start + c < hidden;
+  };
+  const auto kept_at = [&](int chunk, int half) {
+    return held + (chunk / kGroup * kChunkHalves + half) * 2 * kNormThreads + threadIdx.x;
+  };
+  // Has the residual of this lane's outputs of a half; adds their squares to each token's sum.
+  const auto add = [&](float (&sums)[2], int chunk, int half) {
+    const int start = chunk * kChunk + half * kHalfOuts;
+    uint4 products[2], before[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t at = static_cast<int64_t>(place_of(i)) * hidden + start + c;
+      products[i] = is_there(start, i) ? load16(x + at) : make_uint4(0, 0, 0, 0);
+      before[i] = is_there(start, i) ? load16(residual + at) : make_uint4(0, 0, 0, 0);
+    }
+    WarpOuts<T> outs(half_at<T>(pending.site, row, start, hidden - start));
+    outs.finish(products, outs.load_h(pending, tokens, t, 0), pending, tokens, t);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      Vec<T> sum = Vec<T>::unpack(products[i]).plus(Vec<T>::unpack(before[i]).x);
+      sum.round();
+      kept_at(chunk, half)[i * kNormThreads] = sum.packed();
+      if (is_there(start, i))
+        sum.store(residual + static_cast<int64_t>(place_of(i)) * hidden + start + c);
+      float square = 0.f;
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) square += sum.x[j] * sum.x[j];
+      sums[i] += square;
+    }
+  };
+  for (int chunk = warp; chunk < chunks; chunk += kGroup) {
+    float sums[2] = {};
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      float both[2] = {};
+#pragma unroll
+      for (int second = 0; second < 2; ++second) add(both, chunk, half + 2 * second);
+      sums[0] += both[0];
+      sums[1] += both[1];
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int offset = 16; offset >= 4; offset >>= 1)
+        sums[i] += __shfl_xor_sync(kFullWarp, sums[i], offset);
+      if (lane < 4) squares[2 * lane + i][chunk] = sums[i];
+    }
+  }
+  __syncthreads();
+  const float sum = warp_sum(lane < chunks ? squares[warp][lane] : 0.f);
+  if (lane == 0) scales[warp] = rsqrtf(sum / hidden + eps);
+  __syncthreads();
+  for (int chunk = warp; chunk < chunks; chunk += kGroup) {
+#pragma unroll
+    for (int half = 0; half < kChunkHalves; ++half) {
+      const int start = chunk * kChunk + half * kHalfOuts;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (!is_there(start, i)) continue;
+        const Vec<T> x = Vec<T>::unpack(kept_at(chunk, half)[i * kNormThreads]);
+        Vec<T> w = Vec<T>::load(weight + start + c);
+#pragma unroll
+        for (int j = 0; j < kWide; ++j)
+          w.x[j] *= rounded<T>(x.x[j] * scales[lane % 4 * 2 + i]);
+        w.store(out + static_cast<int64_t>(place_of(i)) * hidden + start + c);
+      }
+    }
+  }
+}
+
+template <typename T>
+int norm_tiles(void* out, void* residual, const void* x, const void* weight, int hidden, float eps,
+               const Pending& pending, cudaStream_t stream) {
+  if (hidden > kMaxTileHidden) return cudaErrorInvalidValue;
+  constexpr int kBytes = 8 * kMaxTileHidden * sizeof(T);
+  static const cudaError_t allowed = cudaFuncSetAttribute(
+      norm_tiles_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (allowed != cudaSuccess) return allowed;
+  return launch(norm_tiles_kernel<T>, dim3(kTileTokens / kGroup, pending.num_tiles), kNormThreads,
+                kBytes, stream, static_cast<T*>(out), static_cast<T*>(residual),
+                static_cast<const T*>(x), static_cast<const T*>(weight), hidden, eps, pending);
+}
+
 template <typename T>
 int norm_pending(void* out, void* residual, const void* x, const void* weight, int rows,
                  int hidden, float eps, const Pending& pending, cudaStream_t stream) {
+  if (pending.tiles != nullptr)
+    return norm_tiles<T>(out, residual, x, weight, hidden, eps, pending, stream);
   const int warps = (hidden + 32 * kWide - 1) / (32 * kWide);
   const int threads = (warps + kCluster - 1) / kCluster * 32;
   if (!is_hopper() || threads > 256) return cudaErrorInvalidValue;
