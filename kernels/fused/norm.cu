@@ -101,19 +101,28 @@ __global__ void __launch_bounds__(256)
   w.store(out + place);
 }
 
-// The same for tiles: 8 tokens a block, 256 outputs a warp at a time. Sums the squares in the order of
-// rms_norm_kernel's one piece a thread: a row without an adapter keeps its bits. grid (groups of 8
-// tokens of a tile, tiles); dynamic shared memory: what each thread has yet to norm.
+// The same for tiles: 8 tokens a block, 64 outputs a warp at a time, 256 in the order in which
+// rms_norm_kernel sums their squares: a row without an adapter keeps its bits. What a thread reads
+// comes to places of its own in shared memory, where the sums stay until they are normed.
+// grid (groups of 8 tokens of a tile, tiles).
 constexpr int kNormThreads = 32 * kGroup;
-constexpr int kChunkHalves = 4;
-constexpr int kChunk = kChunkHalves * kHalfOuts;
+constexpr int kChunk = 4 * kHalfOuts;
 constexpr int kMaxTileHidden = 4096;
+constexpr int kMaxHalves = kMaxTileHidden / kHalfOuts / kGroup;  // of a warp
+constexpr int kAhead = 3;  // halves on their way
+constexpr int kNormBytes = (kMaxHalves + kAhead + 1) * 2 * kNormThreads * 16;
+
+// This lane's 8 outputs of a half, of two tokens: where they are in a row, and which are there.
+struct NormPlace {
+  int at;
+  bool valid[2];
+};
 
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads, 2)
     norm_tiles_kernel(T* out, T* residual, const T* x, const T* weight, int hidden, float eps,
                       Pending pending) {
-  extern __shared__ uint4 held[];  // [halves of this warp][2][kNormThreads]
+  extern __shared__ __align__(16) uint4 places[];  // residuals [kMaxHalves], products [kAhead + 1]
   __shared__ float squares[kGroup][kMaxTileHidden / kChunk], scales[kGroup];
   let_next_begin();
   wait_for_inputs();
@@ -121,76 +130,93 @@ __global__ void __launch_bounds__(kNormThreads, 2)
   const int t = blockIdx.x * kGroup;
   if (t >= tokens.count) return;
   const SiteRow& row = row_of(pending.site, tokens.slot);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane / 4 * kWide;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int chunks = (hidden + kChunk - 1) / kChunk;
-  const auto place_of = [&](int i) { return tokens.first + t + lane % 4 * 2 + i; };
-  const auto is_there = [&](int start, int i) {
-    return t + lane % 4 * 2 + i < tokens.count && start + c < hidden;
+  const int halves = (chunks - warp + kGroup - 1) / kGroup * 4;  // of this warp, chunk by chunk
+  const auto start_of = [&](int k) {
+    return (warp + k / 4 * kGroup) * kChunk + (k % 2 * 2 + k / 2 % 2) * kHalfOuts;
   };
-  const auto kept_at = [&](int chunk, int half) {
-    return held + (chunk / kGroup * kChunkHalves + half) * 2 * kNormThreads + threadIdx.x;
+  const auto half_of = [&](int k) {
+    return half_at<T>(pending.site, row, start_of(k), hidden - start_of(k));
   };
-  // Has the residual of this lane's outputs of a half; adds their squares to each token's sum.
-  const auto add = [&](float (&sums)[2], int chunk, int half) {
-    const int start = chunk * kChunk + half * kHalfOuts;
-    uint4 products[2], before[2];
+  const auto place_of = [&](int k) {
+    const int at = start_of(k) + lane / 4 * kWide, token = t + lane % 4 * 2;
+    const bool inside = k < halves && at < hidden;
+    return NormPlace{at, {inside && token < tokens.count, inside && token + 1 < tokens.count}};
+  };
+  const int64_t first = static_cast<int64_t>(tokens.first + t + lane % 4 * 2) * hidden;
+  const uint32_t mine = shared_address(places + threadIdx.x);
+  const auto sum_at = [&](int k, int i) { return mine + (k * 2 + i) * kNormThreads * 16; };
+  const auto product_at = [&](int k, int i) { return sum_at(kMaxHalves + k % (kAhead + 1), i); };
+  const auto start = [&](int k) {
+    const NormPlace place = place_of(k);
+    if (k < halves) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t at = static_cast<int64_t>(place_of(i)) * hidden + start + c;
-      products[i] = is_there(start, i) ? load16(x + at) : make_uint4(0, 0, 0, 0);
-      before[i] = is_there(start, i) ? load16(residual + at) : make_uint4(0, 0, 0, 0);
+      for (int i = 0; i < 2; ++i) {
+        const int64_t at = first + i * hidden + place.at;
+        copy_async(product_at(k, i), x + at, place.valid[i]);
+        copy_async(sum_at(k, i), residual + at, place.valid[i]);
+      }
     }
-    WarpOuts<T> outs(half_at<T>(pending.site, row, start, hidden - start));
-    outs.finish(products, outs.load_h(pending, tokens, t, 0), pending, tokens, t);
+    asm volatile("cp.async.commit_group;");
+  };
+  for (int k = 0; k < kAhead; ++k) start(k);
+  WarpOuts<T> outs;
+  uint4 b[4];
+  outs.half = half_of(0);
+  outs.fetch_b(b, outs.half, 0);
+  const uint2 h = outs.load_h(pending, tokens, t, 0);
+  float pair[2], sums[2];
+#pragma unroll 1
+  for (int k = 0; k < halves; ++k) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
+    start(k + kAhead);
+    outs.half = half_of(k);
+    outs.deal(b);
+    if (k + 1 < halves) outs.fetch_b(b, half_of(k + 1), 0);
+    uint4 products[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) products[i] = load_shared16(product_at(k, i));
+    outs.finish(products, h, pending, tokens, t);
+    const NormPlace place = place_of(k);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      Vec<T> sum = Vec<T>::unpack(products[i]).plus(Vec<T>::unpack(before[i]).x);
+      Vec<T> sum = Vec<T>::unpack(load_shared16(sum_at(k, i)));
+      sum = Vec<T>::unpack(products[i]).plus(sum.x);
       sum.round();
-      kept_at(chunk, half)[i * kNormThreads] = sum.packed();
-      if (is_there(start, i))
-        sum.store(residual + static_cast<int64_t>(place_of(i)) * hidden + start + c);
+      places[(k * 2 + i) * kNormThreads + threadIdx.x] = sum.packed();
+      if (place.valid[i]) sum.store(residual + first + i * hidden + place.at);
       float square = 0.f;
 #pragma unroll
       for (int j = 0; j < kWide; ++j) square += sum.x[j] * sum.x[j];
-      sums[i] += square;
+      pair[i] = k % 2 == 0 ? square : pair[i] + square;
+      if (k % 2 == 1) sums[i] = k % 4 == 1 ? pair[i] : sums[i] + pair[i];
     }
-  };
-  for (int chunk = warp; chunk < chunks; chunk += kGroup) {
-    float sums[2] = {};
-#pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-      float both[2] = {};
-#pragma unroll
-      for (int second = 0; second < 2; ++second) add(both, chunk, half + 2 * second);
-      sums[0] += both[0];
-      sums[1] += both[1];
-    }
+    if (k % 4 != 3) continue;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int offset = 16; offset >= 4; offset >>= 1)
         sums[i] += __shfl_xor_sync(kFullWarp, sums[i], offset);
-      if (lane < 4) squares[2 * lane + i][chunk] = sums[i];
+      if (lane < 4) squares[2 * lane + i][warp + k / 4 * kGroup] = sums[i];
     }
   }
   __syncthreads();
   const float sum = warp_sum(lane < chunks ? squares[warp][lane] : 0.f);
   if (lane == 0) scales[warp] = rsqrtf(sum / hidden + eps);
   __syncthreads();
-  for (int chunk = warp; chunk < chunks; chunk += kGroup) {
+#pragma unroll 2
+  for (int k = 0; k < halves; ++k) {
+    const NormPlace place = place_of(k);
+    if (!place.valid[0]) continue;
+    const Vec<T> w = Vec<T>::load(weight + place.at);
 #pragma unroll
-    for (int half = 0; half < kChunkHalves; ++half) {
-      const int start = chunk * kChunk + half * kHalfOuts;
+    for (int i = 0; i < 2; ++i) {
+      const float scale = scales[lane % 4 * 2 + i];
+      Vec<T> normed = Vec<T>::unpack(load_shared16(sum_at(k, i)));
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (!is_there(start, i)) continue;
-        const Vec<T> x = Vec<T>::unpack(kept_at(chunk, half)[i * kNormThreads]);
-        Vec<T> w = Vec<T>::load(weight + start + c);
-#pragma unroll
-        for (int j = 0; j < kWide; ++j)
-          w.x[j] *= rounded<T>(x.x[j] * scales[lane % 4 * 2 + i]);
-        w.store(out + static_cast<int64_t>(place_of(i)) * hidden + start + c);
-      }
+      for (int j = 0; j < kWide; ++j) normed.x[j] = w.x[j] * rounded<T>(normed.x[j] * scale);
+      if (place.valid[i]) normed.store(out + first + i * hidden + place.at);
     }
   }
 }
@@ -199,12 +225,11 @@ template <typename T>
 int norm_tiles(void* out, void* residual, const void* x, const void* weight, int hidden, float eps,
                const Pending& pending, cudaStream_t stream) {
   if (hidden > kMaxTileHidden) return cudaErrorInvalidValue;
-  constexpr int kBytes = 8 * kMaxTileHidden * sizeof(T);
   static const cudaError_t allowed = cudaFuncSetAttribute(
-      norm_tiles_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      norm_tiles_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kNormBytes);
   if (allowed != cudaSuccess) return allowed;
   return launch(norm_tiles_kernel<T>, dim3(kTileTokens / kGroup, pending.num_tiles), kNormThreads,
-                kBytes, stream, static_cast<T*>(out), static_cast<T*>(residual),
+                kNormBytes, stream, static_cast<T*>(out), static_cast<T*>(residual),
                 static_cast<const T*>(x), static_cast<const T*>(weight), hidden, eps, pending);
 }
 

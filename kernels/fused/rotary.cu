@@ -131,10 +131,11 @@ __global__ void __launch_bounds__(32 * kWarps)
 // The same for a product whose update comes in tiles: heads of 8 to 128 elements, a power of two.
 // grid (tiles of 128 outputs, token tiles); a lane's 8 outputs lie in one head.
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 5)
+__global__ void __launch_bounds__(kTileThreads, 6)
     rotary_tiles_kernel(T* query, const T* qkv, Pool<T> pool, Tables<T> tables, Heads heads,
                         Pending pending) {
   __shared__ __align__(16) T tile[kTileTokens][kTileOuts + kWide];
+  __shared__ int64_t locations[kTileTokens];
   let_next_begin();
   wait_for_inputs();
   const TileTokens tokens(pending, blockIdx.y);
@@ -146,7 +147,8 @@ __global__ void __launch_bounds__(kTileThreads, 5)
   const int skipped = part == 0 ? 0 : heads.num + (part - 1) * heads.num_kv;
   const int start = skipped * heads.dim + at;
   const int64_t width = (heads.num + 2 * heads.num_kv) * heads.dim;
-  const WarpPlace mine(tokens);
+  if (threadIdx.x < tokens.count) locations[threadIdx.x] = pool.locations[tokens.first + threadIdx.x];
+  const WarpPlace mine(tokens, 2);
   const Half<T> half = half_at<T>(pending.site, row_of(pending.site, tokens.slot),
                                   start + mine.offset, columns - mine.offset);
   finish_products(qkv + tokens.first * width + start + mine.offset, width, mine, half, pending,
@@ -155,15 +157,15 @@ __global__ void __launch_bounds__(kTileThreads, 5)
                   });
   __syncthreads();
   const int c = threadIdx.x % 16 * kWide;
-#pragma unroll 2
+#pragma unroll 4
   for (int i = 0; i < 8; ++i) {
     const int t = threadIdx.x / 32 * 16 + 2 * i + threadIdx.x % 32 / 16;
-    const int token = tokens.first + min(t, tokens.count - 1);
+    const int present = min(t, tokens.count - 1), token = tokens.first + present;
     const Place place{part, 0, (at + c) / heads.dim, (at + c) % heads.dim,
                       t < tokens.count && c < columns};
     Vec<T> x{};
     if (place.valid) x = Vec<T>::load(&tile[t][c]);
-    finish(x, query, pool, tables, heads, place, token, pool.locations[token]);
+    finish(x, query, pool, tables, heads, place, token, locations[present]);
   }
 }
 

@@ -203,16 +203,17 @@ __global__ void __launch_bounds__(32 * kWarps, 6)
   }
 }
 
-// The same for tiles. grid (tiles of 128 outputs, token tiles); a warp has 64 of gate and of up and
-// 32 tokens.
+// The same for tiles. grid (tiles of 256 outputs, token tiles); a warp has 64 of gate and of up.
+constexpr int kWideTile = 4 * kHalfOuts;
+
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, 4)
     silu_mul_tiles_kernel(T* out, const T* gate_up, int width, Pending pending) {
   let_next_begin();
   wait_for_inputs();
   const TileTokens tokens(pending, blockIdx.y);
-  const WarpPlace place(tokens);
-  const int start = blockIdx.x * kTileOuts + place.offset, columns = width - start;
+  const WarpPlace place(tokens, 4);
+  const int start = blockIdx.x * kWideTile + place.offset, columns = width - start;
   if (place.first >= place.end || columns <= 0) return;  // a captured step has room for more tiles
   ProductRing<T, 2> ring(gate_up + static_cast<int64_t>(tokens.first) * 2 * width + start,
                          2 * width, width, place, columns);
@@ -246,7 +247,7 @@ template <typename T>
 int silu_mul_pending(T* out, const T* gate_up, int rows, int width, const Pending& pending,
                      cudaStream_t stream) {
   if (pending.tiles != nullptr) {
-    const dim3 grid((width + kTileOuts - 1) / kTileOuts, pending.num_tiles);
+    const dim3 grid((width + kWideTile - 1) / kWideTile, pending.num_tiles);
     return launch(silu_mul_tiles_kernel<T>, grid, kTileThreads, 0, stream, out, gate_up, width,
                   pending);
   }

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(128, 3)
 
 // y += the update. grid (output tiles, token tiles).
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 5)
+__global__ void __launch_bounds__(kTileThreads, 7)
     expand_prefill_kernel(T* y, Pending pending, int y_width) {
   let_next_begin();
   wait_for_inputs();
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kTileThreads, 5)
   const SiteRow& row = row_of(pending.site, tokens.slot);
   Tile tile;
   if (!find_tile(pending.site, row, blockIdx.x, kTileOuts, tile)) return;
-  const WarpPlace place(tokens);
+  const WarpPlace place(tokens, 2);
   const int start = tile.y_start + tile.start + place.offset;
   const Half<T> half =
       half_at<T>(pending.site, row, start, tile.width - tile.start - place.offset);

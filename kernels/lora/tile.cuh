@@ -9,7 +9,6 @@ constexpr int kTileTokens = 64;
 constexpr int kTileOuts = 128;  // in two halves
 constexpr int kHalfOuts = kTileOuts / 2;
 constexpr int kTileThreads = 128;
-constexpr int kWarpTokens = 32;  // two warps have the first half of the outputs, two the other
 
 // Tokens [first, first + count) of one slot.
 struct TileTokens {
@@ -39,10 +38,11 @@ __device__ Half<T> half_at(const Site& site, const SiteRow& row, int output, int
 struct WarpPlace {
   int first, end, offset, c;
 
-  __device__ explicit WarpPlace(const TileTokens& tokens)
-      : first(threadIdx.x / 64 * kWarpTokens),
-        end(min(tokens.count, first + kWarpTokens)),
-        offset(threadIdx.x / 32 % 2 * kHalfOuts),
+  // `abreast`: how many of the block's four warps have outputs side by side.
+  __device__ WarpPlace(const TileTokens& tokens, int abreast)
+      : first(threadIdx.x / 32 / abreast * (kTileTokens / 4 * abreast)),
+        end(min(tokens.count, first + kTileTokens / 4 * abreast)),
+        offset(threadIdx.x / 32 % abreast * kHalfOuts),
         c(threadIdx.x % 32 / 4 * kWide) {}
 
   // The first or second of this lane's tokens of the 8 from t on.
@@ -113,17 +113,22 @@ struct WarpOuts {
   Half<T> half;
   uint32_t b[4][4];  // 16 ranks; rows group and group + 8 of b[m] are outputs 2 m and 2 m + 1
 
+  WarpOuts() = default;
   __device__ explicit WarpOuts(const Half<T>& outs) : half(outs) { load_b(0); }
 
-  __device__ void load_b(int r0) {
+  // This lane's part of 16 ranks of B, as it lies.
+  __device__ static void fetch_b(uint4 (&rows)[4], const Half<T>& half, int r0) {
     const int c = threadIdx.x % 32 / 4 * kWide, r = r0 + threadIdx.x % 4 * 4;
-    uint4 rows[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       rows[i] = c < half.columns && r + i < half.part.rank
                     ? load_shared_rows(half.part.b +
                                        static_cast<int64_t>(r + i) * half.part.width + c)
                     : make_uint4(0, 0, 0, 0);
+  }
+
+  // The same as mma takes it.
+  __device__ void deal(const uint4 (&rows)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
       const uint32_t low[4] = {rows[i].x, rows[i].y, rows[i].z, rows[i].w};
@@ -134,6 +139,12 @@ struct WarpOuts {
         b[m][i + 1] = __byte_perm(low[m], high[m], 0x7632);
       }
     }
+  }
+
+  __device__ void load_b(int r0) {
+    uint4 rows[4];
+    fetch_b(rows, half, r0);
+    deal(rows);
   }
 
   // This lane's four ranks from r0 on of the h of its one of the 8 tokens from t on, zeros where there
@@ -157,7 +168,13 @@ struct WarpOuts {
   __device__ void finish(uint4 (&products)[2], uint2 h, const Pending& pending,
                          const TileTokens& tokens, int t) {
     if (half.part.rank == 0) return;
-    float d[4][4] = {};
+    float d[4][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Vec<T> product = Vec<T>::unpack(products[i]);
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) d[j / 2][j % 2 * 2 + i] = product.x[j];
+    }
     for (int r0 = 0; r0 < half.part.rank; r0 += 16) {
       if (r0 > 0) h = load_h(pending, tokens, t, r0);
       if (half.part.rank > 16) load_b(r0);
@@ -166,10 +183,10 @@ struct WarpOuts {
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float added[kWide];
+      Vec<T> sum;
 #pragma unroll
-      for (int j = 0; j < kWide; ++j) added[j] = d[j / 2][j % 2 * 2 + i];
-      products[i] = Vec<T>::unpack(products[i]).plus(added).packed();
+      for (int j = 0; j < kWide; ++j) sum.x[j] = d[j / 2][j % 2 * 2 + i];
+      products[i] = sum.packed();
     }
   }
 };

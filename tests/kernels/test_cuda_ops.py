@@ -207,7 +207,7 @@ def test_a_product_and_what_is_pending_make_the_whole(slots: list[int]) -> None:
 
 def test_a_shrink_beside_a_long_product_is_waited_for() -> None:
     """Each product's input is overwritten as soon as the stream allows."""
-    site = Site(4096, (256,), MIXED_RANKS, torch.bfloat16)
+    site = Site(4096, (128, 64, 64), MIXED_RANKS, torch.bfloat16)
     slots = [1] * 900 + [0] * 300 + [4] * 1000 + [5] * 848
     batch = batch_of(slots, site.max_rank)
     x = torch.randn(len(slots), 4096, device="cuda").bfloat16()
