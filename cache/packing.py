@@ -107,5 +107,5 @@ def _check_finite(weight: torch.Tensor, block: torch.Tensor, name: str) -> None:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """As `isfinite().all()` in one pass, a twentieth of the time: NaN is both bounds of its like."""
+    """As `isfinite().all()`, in one pass and a twentieth of the time: NaN counts as both bounds."""
     return tensor.numel() == 0 or all(bound.isfinite() for bound in tensor.aminmax())
