@@ -16,6 +16,8 @@ from lorafleet.cache.parts import PartSpec
 from lorafleet.cache.safetensors_file import TensorRef
 from lorafleet.cache.weights_reader import WeightsReader
 
+_BLOCK_ELEMENTS = 1 << 17  # of B at a time, which stay in a core's cache
+
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PackedAdapter:
@@ -78,12 +80,14 @@ def _pack_a(weight: torch.Tensor, module: ModuleSpec, buffer: torch.Tensor, offs
 def _pack_b(weight: torch.Tensor, module: ModuleSpec, buffer: torch.Tensor, offset: int) -> None:
     width = module.target.out_local
     block = buffer[offset : offset + module.rank * width].view(module.rank, width)
-    ranges = [weight[start:stop] for start, stop in module.target.out_ranges]
-    local = ranges[0] if len(ranges) == 1 else torch.cat(ranges)
-    # torch computes the product of a half type and a number in float32, with one rounding at the
-    # end, as the longer way does; and a transposed copy within one type is the faster one.
-    exact = local if local.dtype == block.dtype else local.to(torch.float32)
-    block.copy_((exact * module.scale).to(block.dtype).T)
+    at = 0
+    for start, stop in module.target.out_ranges:
+        for rows in weight[start:stop].split(max(1, _BLOCK_ELEMENTS // module.rank)):
+            # torch computes the product of a half type and a number in float32, with one rounding
+            # at the end, as the longer way does. Copies that transpose and convert are slow.
+            exact = rows if rows.dtype == block.dtype else rows.to(torch.float32)
+            block[:, at : at + len(rows)] = (exact * module.scale).to(block.dtype).T
+            at += len(rows)
     _check_finite(weight, block, f"lora_B of {module.target.name}")
 
 
