@@ -126,12 +126,13 @@ def digest_files(spec: AdapterSpec, progress: Callable[[int], None]) -> str:
     Raises AdapterUnservable when a file cannot be read any more.
     """
     digest, done = hashlib.sha256(), 0
+    chunk = memoryview(bytearray(_HASH_CHUNK_BYTES))
     try:
         for name in spec.states:
             with (spec.directory / name).open("rb") as file:
-                while chunk := file.read(_HASH_CHUNK_BYTES):
-                    digest.update(chunk)
-                    done += len(chunk)
+                while count := file.readinto(chunk):
+                    digest.update(chunk[:count])
+                    done += count
                     progress(done)
     except OSError as error:
         raise unreadable(error) from None

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from contextlib import suppress
 
 import torch
 
 from lorafleet.cache.errors import TierFull
 from lorafleet.cache.packed_form import PackedForm
 from lorafleet.cache.packing import PackedAdapter
+
+_HUGE_PAGE = 2 << 20  # bytes
 
 
 def allocate(form: PackedForm, dtype: torch.dtype, pin: bool) -> PackedAdapter:
@@ -28,9 +31,22 @@ def allocate(form: PackedForm, dtype: torch.dtype, pin: bool) -> PackedAdapter:
     except OSError:
         raise TierFull("The machine has no host memory left for the adapter.") from None
     packed = PackedAdapter(form, torch.frombuffer(pages, dtype=dtype))
+    _ask_for_huge_pages(pages, packed)
     if pin:
         _pin(packed)
     return packed
+
+
+def _ask_for_huge_pages(pages: mmap.mmap, packed: PackedAdapter) -> None:
+    """Linux makes the same memory of huge pages in a fifth of the time; CUDA has fewer to lock.
+
+    Only where they are this buffer's alone: of one that two share, no part would be given back.
+    """
+    first = -packed.buffer.data_ptr() % _HUGE_PAGE
+    length = (packed.nbytes - first) // _HUGE_PAGE * _HUGE_PAGE
+    if length > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE, first, length)
 
 
 def _pin(packed: PackedAdapter) -> None:

@@ -16,6 +16,8 @@ from lorafleet.cache.parts import PartSpec
 from lorafleet.cache.safetensors_file import TensorRef
 from lorafleet.cache.weights_reader import WeightsReader
 
+_BLOCK_ELEMENTS = 1 << 17  # of B at a time, which stay in a core's cache
+
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PackedAdapter:
@@ -78,9 +80,14 @@ def _pack_a(weight: torch.Tensor, module: ModuleSpec, buffer: torch.Tensor, offs
 def _pack_b(weight: torch.Tensor, module: ModuleSpec, buffer: torch.Tensor, offset: int) -> None:
     width = module.target.out_local
     block = buffer[offset : offset + module.rank * width].view(module.rank, width)
-    scaled = weight.to(torch.float32) * module.scale
-    local = torch.cat([scaled[start:stop] for start, stop in module.target.out_ranges])
-    block.copy_(local.T)
+    at = 0
+    for start, stop in module.target.out_ranges:
+        for rows in weight[start:stop].split(max(1, _BLOCK_ELEMENTS // module.rank)):
+            # torch computes the product of a half type and a number in float32, with one rounding
+            # at the end, as the longer way does. Copies that transpose and convert are slow.
+            exact = rows if rows.dtype == block.dtype else rows.to(torch.float32)
+            block[:, at : at + len(rows)] = (exact * module.scale).to(block.dtype).T
+            at += len(rows)
     _check_finite(weight, block, f"lora_B of {module.target.name}")
 
 
@@ -94,7 +101,15 @@ def _pack_part(weights: list[torch.Tensor], part: PartSpec, block: torch.Tensor)
 
 def _check_finite(weight: torch.Tensor, block: torch.Tensor, name: str) -> None:
     """The whole weight is checked, so that every rank comes to the same answer about the file."""
-    if not torch.isfinite(weight).all():
+    # What is not finite stays so in the block, however it is scaled and rounded.
+    is_whole = block.numel() == weight.numel()
+    if _is_finite(block) and (is_whole or _is_finite(weight)):
+        return
+    if not _is_finite(weight):
         raise AdapterUnservable(f"{name} holds values that are not finite numbers.")
-    if not torch.isfinite(block).all():
-        raise AdapterUnservable(f"{name} holds values too large for {block.dtype}.")
+    raise AdapterUnservable(f"{name} holds values too large for {block.dtype}.")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """As `isfinite().all()`, in one pass and a twentieth of the time: NaN counts as both bounds."""
+    return tensor.numel() == 0 or all(bound.isfinite() for bound in tensor.aminmax())

@@ -73,13 +73,14 @@ class WeightsReader:
             descriptor = os.open(self._directory / ref.file, os.O_RDONLY)
             self._stack.callback(os.close, descriptor)
             self._files[ref.file] = descriptor
-        data, done = memoryview(bytearray(ref.nbytes)), 0
+        data = torch.empty(ref.nbytes, dtype=torch.uint8)  # not zeroed first, as a bytearray is
+        view, done = data.numpy().data, 0
         while done < ref.nbytes:
-            count = os.preadv(self._files[ref.file], [data[done:]], ref.offset + done)
+            count = os.preadv(self._files[ref.file], [view[done:]], ref.offset + done)
             if count == 0:
                 raise SourceUnavailable(f"{ref.file} shrank while it was read.")
             done += count
-        return torch.frombuffer(data, dtype=_TORCH_DTYPES[ref.dtype]).view(ref.shape)
+        return data.view(_TORCH_DTYPES[ref.dtype]).view(ref.shape)
 
     def _unpickled(self, ref: TensorRef) -> torch.Tensor:
         if self._pickled is None:

@@ -110,6 +110,45 @@ def test_holds_a_and_the_scaled_transposed_b(
     assert torch.equal(packed.buffer[b_offset : b_offset + 128].view(4, 32), scaled.T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_torch_scales_half_types_as_if_in_float32(dtype: torch.dtype) -> None:
+    every = torch.arange(1 << 16).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    for scale in (1.0, 2.0, 0.75, 1 / 3, 16 / 7**0.5, 1e-3, 3e38):
+        assert torch.equal(every * scale, (every.float() * scale).to(dtype)), scale
+
+
+@pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16])
+def test_b_is_the_same_in_blocks_and_from_several_ranges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_dtype: torch.dtype
+) -> None:
+    tensors = {name: tensor.to(file_dtype) for name, tensor in tensors_of().items()}
+    spec = read_spec(write_adapter(tmp_path, config_of(lora_alpha=3), tensors), tiny_layout())
+    site = tiny_layout().sites[0]
+    ranges = ((24, 31), (3, 14))
+    target = replace(site.targets[0], out_ranges=ranges)
+    spec = replace(spec, modules={Q0: replace(spec.modules[Q0], target=target)})
+    layout = replace(tiny_layout(), sites=(replace(site, targets=(target,)),))
+    monkeypatch.setattr("lorafleet.cache.packing._BLOCK_ELEMENTS", 5 * 4)
+    packed = allocate(spec.form(layout, 2), torch.bfloat16, pin=False)
+    pack(spec, layout, packed, lambda done: None)
+    b = tensors[f"base_model.model.{Q0}.lora_B.weight"]
+    rows = torch.cat([b[start:stop] for start, stop in ranges])
+    wanted = (rows.float() * 0.75).to(torch.bfloat16).T
+    b_offset = packed.form.rows[0][3]
+    assert torch.equal(packed.buffer[b_offset : b_offset + wanted.numel()].view(4, 18), wanted)
+
+
+def test_large_buffers_are_empty_and_of_their_exact_size() -> None:
+    form = replace(plan_form({Q0: 3}, tiny_layout(), 2), num_elements=(5 << 20) // 2)
+    packed = [allocate(form, torch.bfloat16, pin=False) for _ in range(2)]
+    for number, each in enumerate(packed):
+        assert each.buffer.nbytes == 5 << 20
+        assert not each.buffer.any()
+        each.buffer.fill_(number + 1)
+    assert bool((packed[0].buffer == 1).all())
+
+
 def test_a_rank_holds_its_slice(tmp_path: Path) -> None:
     tensors = tensors_of(("self_attn.q_proj", "self_attn.o_proj"))
     directory = write_adapter(tmp_path, config_of(lora_alpha=4), tensors)
