@@ -20,7 +20,7 @@ _MAX_TILED_HIDDEN = 4096  # shared memory holds a row of each of a block's token
 # A block reads all of a row's B: beyond, the expand's many blocks are faster than one launch less.
 _MAX_PENDING_RANK = 16
 _MAX_HEAD_DIM = 256  # a warp holds a head
-_TILE_OUTS = 128  # of long segments; whole heads
+_TILE_OUTS = 256  # of long segments; whole heads
 
 
 def norms(x: torch.Tensor) -> bool:

@@ -101,123 +101,103 @@ __global__ void __launch_bounds__(256)
   w.store(out + place);
 }
 
-// The same for tiles: 8 tokens a block, 64 outputs a warp at a time, 256 in the order in which
-// rms_norm_kernel sums their squares: a row without an adapter keeps its bits. What a thread reads
-// comes to places of its own in shared memory, where the sums stay until they are normed.
+// The same for tiles: 8 tokens a block, 512 outputs at a time, a warp 64 of them. What is read and
+// written goes by rows, 512 bytes a warp; in between, sums wait in shared memory to be normed. Squares
+// are summed as rms_norm_kernel does, so that a row without an adapter keeps its bits.
 // grid (groups of 8 tokens of a tile, tiles).
-constexpr int kNormThreads = 32 * kGroup;
-constexpr int kChunk = 4 * kHalfOuts;
+constexpr int kNormThreads = 32 * kGroup;  // a warp for a token, where it goes by rows
+constexpr int kSlice = kGroup * kWarpOuts;
 constexpr int kMaxTileHidden = 4096;
-constexpr int kMaxHalves = kMaxTileHidden / kHalfOuts / kGroup;  // of a warp
-constexpr int kAhead = 3;  // halves on their way
-constexpr int kNormBytes = (kMaxHalves + kAhead + 1) * 2 * kNormThreads * 16;
+constexpr int kAhead = 2;  // slices on their way
 
-// This lane's 8 outputs of a half, of two tokens: where they are in a row, and which are there.
-struct NormPlace {
-  int at;
-  bool valid[2];
+template <typename T>
+struct NormRows {
+  T sums[kGroup][kMaxTileHidden + kWide];  // residuals first
+  T products[kAhead + 1][kGroup][kSlice + kWide];
+  float squares[kGroup][kMaxTileHidden / kWide];
 };
 
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads, 2)
     norm_tiles_kernel(T* out, T* residual, const T* x, const T* weight, int hidden, float eps,
                       Pending pending) {
-  extern __shared__ __align__(16) uint4 places[];  // residuals [kMaxHalves], products [kAhead + 1]
-  __shared__ float squares[kGroup][kMaxTileHidden / kChunk], scales[kGroup];
+  extern __shared__ __align__(16) unsigned char bytes[];
+  auto& rows = *reinterpret_cast<NormRows<T>*>(bytes);
   let_next_begin();
   wait_for_inputs();
   const TileTokens tokens(pending, blockIdx.y);
   const int t = blockIdx.x * kGroup;
   if (t >= tokens.count) return;
-  const SiteRow& row = row_of(pending.site, tokens.slot);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int chunks = (hidden + kChunk - 1) / kChunk;
-  const int halves = (chunks - warp + kGroup - 1) / kGroup * 4;  // of this warp, chunk by chunk
-  const auto start_of = [&](int k) {
-    return (warp + k / 4 * kGroup) * kChunk + (k % 2 * 2 + k / 2 % 2) * kHalfOuts;
-  };
-  const auto half_of = [&](int k) {
-    return half_at<T>(pending.site, row, start_of(k), hidden - start_of(k));
-  };
-  const auto place_of = [&](int k) {
-    const int at = start_of(k) + lane / 4 * kWide, token = t + lane % 4 * 2;
-    const bool inside = k < halves && at < hidden;
-    return NormPlace{at, {inside && token < tokens.count, inside && token + 1 < tokens.count}};
-  };
-  const int64_t first = static_cast<int64_t>(tokens.first + t + lane % 4 * 2) * hidden;
-  const uint32_t mine = shared_address(places + threadIdx.x);
-  const auto sum_at = [&](int k, int i) { return mine + (k * 2 + i) * kNormThreads * 16; };
-  const auto product_at = [&](int k, int i) { return sum_at(kMaxHalves + k % (kAhead + 1), i); };
-  const auto start = [&](int k) {
-    const NormPlace place = place_of(k);
-    if (k < halves) {
+  const bool is_token = t + warp < tokens.count;
+  const int64_t row = static_cast<int64_t>(tokens.first + t + warp) * hidden;
+  const auto start = [&](int slice) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t at = first + i * hidden + place.at;
-        copy_async(product_at(k, i), x + at, place.valid[i]);
-        copy_async(sum_at(k, i), residual + at, place.valid[i]);
-      }
+    for (int i = 0; i < 2; ++i) {
+      const int c = (i * 32 + lane) * kWide, at = slice * kSlice + c;
+      if (at >= kMaxTileHidden) break;
+      const bool valid = is_token && at < hidden;
+      copy_async(shared_address(&rows.products[slice % (kAhead + 1)][warp][c]), x + row + at, valid);
+      copy_async(shared_address(&rows.sums[warp][at]), residual + row + at, valid);
     }
     asm volatile("cp.async.commit_group;");
   };
-  for (int k = 0; k < kAhead; ++k) start(k);
+  for (int i = 0; i < kAhead; ++i) start(i);
+  const SiteRow& adapter = row_of(pending.site, tokens.slot);
+  const auto part_of = [&](int slice) {
+    const int first = slice * kSlice + warp * kWarpOuts;
+    return warp_part_at<T>(pending.site, adapter, first, hidden - first);
+  };
   WarpOuts<T> outs;
   uint4 b[4];
-  outs.half = half_of(0);
-  outs.fetch_b(b, outs.half, 0);
+  outs.mine = part_of(0);
+  outs.fetch_b(b, outs.mine, 0);
   const uint2 h = outs.load_h(pending, tokens, t, 0);
-  float pair[2], sums[2];
 #pragma unroll 1
-  for (int k = 0; k < halves; ++k) {
+  for (int slice = 0; slice * kSlice < hidden; ++slice) {
     asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
-    start(k + kAhead);
-    outs.half = half_of(k);
+    __syncthreads();
+    start(slice + kAhead);
+    outs.mine = part_of(slice);
     outs.deal(b);
-    if (k + 1 < halves) outs.fetch_b(b, half_of(k + 1), 0);
+    outs.fetch_b(b, part_of(slice + 1), 0);
+    const int c = lane_output(), at = slice * kSlice + c;
     uint4 products[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) products[i] = load_shared16(product_at(k, i));
+    for (int i = 0; i < 2; ++i)
+      products[i] = load16(&rows.products[slice % (kAhead + 1)][lane_token() + i][c]);
     outs.finish(products, h, pending, tokens, t);
-    const NormPlace place = place_of(k);
+    if (at >= hidden) continue;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      Vec<T> sum = Vec<T>::unpack(load_shared16(sum_at(k, i)));
-      sum = Vec<T>::unpack(products[i]).plus(sum.x);
+      T* place = &rows.sums[lane_token() + i][at];
+      Vec<T> sum = Vec<T>::unpack(products[i]).plus(Vec<T>::load(place).x);
       sum.round();
-      places[(k * 2 + i) * kNormThreads + threadIdx.x] = sum.packed();
-      if (place.valid[i]) sum.store(residual + first + i * hidden + place.at);
+      sum.store(place);
       float square = 0.f;
 #pragma unroll
       for (int j = 0; j < kWide; ++j) square += sum.x[j] * sum.x[j];
-      pair[i] = k % 2 == 0 ? square : pair[i] + square;
-      if (k % 2 == 1) sums[i] = k % 4 == 1 ? pair[i] : sums[i] + pair[i];
-    }
-    if (k % 4 != 3) continue;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int offset = 16; offset >= 4; offset >>= 1)
-        sums[i] += __shfl_xor_sync(kFullWarp, sums[i], offset);
-      if (lane < 4) squares[2 * lane + i][warp + k / 4 * kGroup] = sums[i];
+      rows.squares[lane_token() + i][at / kWide] = square;
     }
   }
   __syncthreads();
-  const float sum = warp_sum(lane < chunks ? squares[warp][lane] : 0.f);
-  if (lane == 0) scales[warp] = rsqrtf(sum / hidden + eps);
-  __syncthreads();
-#pragma unroll 2
-  for (int k = 0; k < halves; ++k) {
-    const NormPlace place = place_of(k);
-    if (!place.valid[0]) continue;
-    const Vec<T> w = Vec<T>::load(weight + place.at);
+  if (!is_token) return;
+  float all = 0.f;
+  for (int first = 0; first * kWide < hidden; first += 32) {
+    const int piece = first + lane;
+    const float sum = warp_sum(piece * kWide < hidden ? rows.squares[warp][piece] : 0.f);
+    if (lane == first / 32) all = sum;
+  }
+  const float scale = rsqrtf(warp_sum(all) / hidden + eps);
+#pragma unroll 4
+  for (int at = lane * kWide; at < hidden; at += 32 * kWide) {
+    const uint4 packed = load16(&rows.sums[warp][at]);
+    *reinterpret_cast<uint4*>(residual + row + at) = packed;
+    const Vec<T> sum = Vec<T>::unpack(packed);
+    Vec<T> w = Vec<T>::load(weight + at);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float scale = scales[lane % 4 * 2 + i];
-      Vec<T> normed = Vec<T>::unpack(load_shared16(sum_at(k, i)));
-#pragma unroll
-      for (int j = 0; j < kWide; ++j) normed.x[j] = w.x[j] * rounded<T>(normed.x[j] * scale);
-      if (place.valid[i]) normed.store(out + first + i * hidden + place.at);
-    }
+    for (int j = 0; j < kWide; ++j) w.x[j] *= rounded<T>(sum.x[j] * scale);
+    w.store(out + row + at);
   }
 }
 
@@ -226,10 +206,10 @@ int norm_tiles(void* out, void* residual, const void* x, const void* weight, int
                const Pending& pending, cudaStream_t stream) {
   if (hidden > kMaxTileHidden) return cudaErrorInvalidValue;
   static const cudaError_t allowed = cudaFuncSetAttribute(
-      norm_tiles_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kNormBytes);
+      norm_tiles_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(NormRows<T>));
   if (allowed != cudaSuccess) return allowed;
   return launch(norm_tiles_kernel<T>, dim3(kTileTokens / kGroup, pending.num_tiles), kNormThreads,
-                kNormBytes, stream, static_cast<T*>(out), static_cast<T*>(residual),
+                sizeof(NormRows<T>), stream, static_cast<T*>(out), static_cast<T*>(residual),
                 static_cast<const T*>(x), static_cast<const T*>(weight), hidden, eps, pending);
 }
 

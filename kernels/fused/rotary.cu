@@ -128,13 +128,12 @@ __global__ void __launch_bounds__(32 * kWarps)
   finish(x, query, pool, tables, heads, place, token, location);
 }
 
-// The same for a product whose update comes in tiles: heads of 8 to 128 elements, a power of two.
-// grid (tiles of 128 outputs, token tiles); a lane's 8 outputs lie in one head.
+// The same for a product whose update comes in tiles: heads of 8 to 256 elements, a power of two.
+// grid (tiles of 256 outputs, token tiles).
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, 6)
     rotary_tiles_kernel(T* query, const T* qkv, Pool<T> pool, Tables<T> tables, Heads heads,
                         Pending pending) {
-  __shared__ __align__(16) T tile[kTileTokens][kTileOuts + kWide];
   __shared__ int64_t locations[kTileTokens];
   let_next_begin();
   wait_for_inputs();
@@ -145,28 +144,31 @@ __global__ void __launch_bounds__(kTileThreads, 6)
   const int at = (blockIdx.x - (part > 0 ? q_tiles : 0) - (part > 1 ? kv_tiles : 0)) * kTileOuts;
   const int columns = (part == 0 ? heads.num : heads.num_kv) * heads.dim - at;
   const int skipped = part == 0 ? 0 : heads.num + (part - 1) * heads.num_kv;
-  const int start = skipped * heads.dim + at;
+  const int start = skipped * heads.dim + at, offset = threadIdx.x / 32 * kWarpOuts;
   const int64_t width = (heads.num + 2 * heads.num_kv) * heads.dim;
+  ProductRing<T, 1> ring(qkv + tokens.first * width + start, width, 0, tokens.count, columns);
   if (threadIdx.x < tokens.count) locations[threadIdx.x] = pool.locations[tokens.first + threadIdx.x];
-  const WarpPlace mine(tokens, 2);
-  const Half<T> half = half_at<T>(pending.site, row_of(pending.site, tokens.slot),
-                                  start + mine.offset, columns - mine.offset);
-  finish_products(qkv + tokens.first * width + start + mine.offset, width, mine, half, pending,
-                  tokens, [&](int t, int c, const uint4& sum) {
-                    *reinterpret_cast<uint4*>(&tile[t][mine.offset + c]) = sum;
-                  });
-  __syncthreads();
-  const int c = threadIdx.x % 16 * kWide;
-#pragma unroll 4
-  for (int i = 0; i < 8; ++i) {
-    const int t = threadIdx.x / 32 * 16 + 2 * i + threadIdx.x % 32 / 16;
-    const int present = min(t, tokens.count - 1), token = tokens.first + present;
-    const Place place{part, 0, (at + c) / heads.dim, (at + c) % heads.dim,
-                      t < tokens.count && c < columns};
-    Vec<T> x{};
-    if (place.valid) x = Vec<T>::load(&tile[t][c]);
-    finish(x, query, pool, tables, heads, place, token, locations[present]);
-  }
+  const auto mine = warp_part_at<T>(pending.site, row_of(pending.site, tokens.slot),
+                                    start + offset, columns - offset);
+  const int c = ring.piece();
+  // Sums go back to where their products were; then each warp has whole heads of two tokens.
+  finish_products(
+      ring, mine, pending, tokens,
+      [&](int t, int token, const uint4& sum) {
+        *reinterpret_cast<uint4*>(ring.row(t, 0, token) + lane_output()) = sum;
+      },
+      [&](int t) {
+        __syncthreads();
+#pragma unroll
+        for (int token = threadIdx.x / 32; token < kGroup; token += kTileThreads / 32) {
+          const int present = min(t + token, tokens.count - 1);
+          const Place place{part, 0, (at + c) / heads.dim, (at + c) % heads.dim,
+                            t + token < tokens.count && c < columns};
+          Vec<T> x{};
+          if (place.valid) x = Vec<T>::load(ring.row(t, 0, token) + c);
+          finish(x, query, pool, tables, heads, place, tokens.first + present, locations[present]);
+        }
+      });
 }
 
 template <typename T>

@@ -204,41 +204,36 @@ __global__ void __launch_bounds__(32 * kWarps, 6)
 }
 
 // The same for tiles. grid (tiles of 256 outputs, token tiles); a warp has 64 of gate and of up.
-constexpr int kWideTile = 4 * kHalfOuts;
-
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, 4)
     silu_mul_tiles_kernel(T* out, const T* gate_up, int width, Pending pending) {
   let_next_begin();
   wait_for_inputs();
   const TileTokens tokens(pending, blockIdx.y);
-  const WarpPlace place(tokens, 4);
-  const int start = blockIdx.x * kWideTile + place.offset, columns = width - start;
-  if (place.first >= place.end || columns <= 0) return;  // a captured step has room for more tiles
+  if (tokens.count == 0) return;  // a captured step has room for more tiles
+  const int start = blockIdx.x * kTileOuts;
   ProductRing<T, 2> ring(gate_up + static_cast<int64_t>(tokens.first) * 2 * width + start,
-                         2 * width, width, place, columns);
-  for (int i = 0; i < ring.kAhead; ++i) ring.start(place.first + i * kGroup);
+                         2 * width, width, tokens.count, width - start);
   const SiteRow& row = row_of(pending.site, tokens.slot);
-  WarpOuts<T> gate(half_at<T>(pending.site, row, start, columns));
-  WarpOuts<T> up(half_at<T>(pending.site, row, width + start, columns));
-  uint2 gate_h = gate.load_h(pending, tokens, place.first, 0);
-  uint2 up_h = up.load_h(pending, tokens, place.first, 0);
-  T* out_at = out + static_cast<int64_t>(tokens.first) * width + start + place.c;
+  const int first = start + threadIdx.x / 32 * kWarpOuts, columns = width - first;
+  WarpOuts<T> gate(warp_part_at<T>(pending.site, row, first, columns));
+  WarpOuts<T> up(warp_part_at<T>(pending.site, row, width + first, columns));
+  uint2 gate_h = gate.load_h(pending, tokens, 0, 0), up_h = up.load_h(pending, tokens, 0, 0);
+  const int output = start + lane_output();
 #pragma unroll 1
-  for (int t = place.first; t < place.end; t += kGroup) {
+  for (int t = 0; t < tokens.count; t += kGroup) {
     uint4 sums[2][2];
     ring.take(sums, t);
-    ring.start(t + ring.kAhead * kGroup);
     gate.finish(sums[0], gate_h, pending, tokens, t);
     up.finish(sums[1], up_h, pending, tokens, t);
     gate_h = gate.load_h(pending, tokens, t + kGroup, 0);
     up_h = up.load_h(pending, tokens, t + kGroup, 0);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int token = place.token(t, i);
-      if (token < place.end && place.c < columns)
+      const int token = t + lane_token() + i;
+      if (token < tokens.count && output < width)
         silu_times(Vec<T>::unpack(sums[0][i]), Vec<T>::unpack(sums[1][i]))
-            .store(out_at + static_cast<int64_t>(token) * width);
+            .store(out + static_cast<int64_t>(tokens.first + token) * width + output);
     }
   }
 }
@@ -247,7 +242,7 @@ template <typename T>
 int silu_mul_pending(T* out, const T* gate_up, int rows, int width, const Pending& pending,
                      cudaStream_t stream) {
   if (pending.tiles != nullptr) {
-    const dim3 grid((width + kWideTile - 1) / kWideTile, pending.num_tiles);
+    const dim3 grid((width + kTileOuts - 1) / kTileOuts, pending.num_tiles);
     return launch(silu_mul_tiles_kernel<T>, grid, kTileThreads, 0, stream, out, gate_up, width,
                   pending);
   }

@@ -25,12 +25,6 @@ __device__ bool comes_last(int* arrived, int count) {
   return last;
 }
 
-// As copy_async; the L2 fetches 256 bytes, of which the units to come want the rest.
-__device__ void copy_ahead(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0));
-}
-
 // Rows of x and of A, `wide` apart, and the units of 64 columns over which they are multiplied.
 template <typename T>
 struct Factors {
@@ -188,16 +182,19 @@ __global__ void __launch_bounds__(kTileThreads, 7)
   const SiteRow& row = row_of(pending.site, tokens.slot);
   Tile tile;
   if (!find_tile(pending.site, row, blockIdx.x, kTileOuts, tile)) return;
-  const WarpPlace place(tokens, 2);
-  const int start = tile.y_start + tile.start + place.offset;
-  const Half<T> half =
-      half_at<T>(pending.site, row, start, tile.width - tile.start - place.offset);
+  const int start = tile.y_start + tile.start, columns = tile.width - tile.start;
+  const int offset = threadIdx.x / 32 * kWarpOuts;
   T* y_tile = y + static_cast<int64_t>(tokens.first) * y_width + start;
-  finish_products(y_tile, y_width, place, half, pending, tokens,
-                  [&](int token, int c, const uint4& sum) {
-                    *reinterpret_cast<uint4*>(y_tile + static_cast<int64_t>(token) * y_width + c) =
-                        sum;
-                  });
+  ProductRing<T, 1> ring(y_tile, y_width, 0, tokens.count, columns);
+  const auto part = warp_part_at<T>(pending.site, row, start + offset, columns - offset);
+  finish_products(
+      ring, part, pending, tokens,
+      [&](int t, int token, const uint4& sum) {
+        T* at = y_tile + static_cast<int64_t>(t + token) * y_width + lane_output();
+        if (t + token < tokens.count && lane_output() < columns)
+          *reinterpret_cast<uint4*>(at) = sum;
+      },
+      [](int) {});
 }
 
 template <typename T>
