@@ -16,7 +16,6 @@ from lorafleet.kernels.lora.op import Pending
 
 _MAX_HIDDEN = 16384  # a block holds a row
 _MAX_PENDING_HIDDEN = 8192
-_MAX_TILED_HIDDEN = 4096  # shared memory holds a row of each of a block's tokens
 # A block reads all of a row's B: beyond, the expand's many blocks are faster than one launch less.
 _MAX_PENDING_RANK = 16
 _MAX_HEAD_DIM = 256  # a warp holds a head
@@ -30,10 +29,10 @@ def norms(x: torch.Tensor) -> bool:
 
 def norms_pending(x: torch.Tensor, pending: Pending) -> bool:
     """Whether `rms_norm` adds what is pending, and is the faster for it."""
-    widest = _MAX_TILED_HIDDEN if pending.is_tiled else _MAX_PENDING_HIDDEN
     return (
         norms(x)
-        and x.shape[1] <= widest
+        and not pending.is_tiled
+        and x.shape[1] <= _MAX_PENDING_HIDDEN
         and pending.max_rank <= _MAX_PENDING_RANK
         and stream.is_hopper(x.device)
     )

@@ -1,5 +1,5 @@
-// rms_norm and add_rms_norm_ of op.py. One block a row, 16 bytes a thread; for tiles one for 8 rows.
-#include "../lora/tile.cuh"
+// rms_norm and add_rms_norm_ of op.py. One block a row, 16 bytes a thread.
+#include "../lora/expand.cuh"
 
 namespace lorafleet {
 namespace {
@@ -101,123 +101,9 @@ __global__ void __launch_bounds__(256)
   w.store(out + place);
 }
 
-// The same for tiles: 8 tokens a block, 512 outputs at a time, a warp 64 of them. What is read and
-// written goes by rows, 512 bytes a warp; in between, sums wait in shared memory to be normed. Squares
-// are summed as rms_norm_kernel does, so that a row without an adapter keeps its bits.
-// grid (groups of 8 tokens of a tile, tiles).
-constexpr int kNormThreads = 32 * kGroup;  // a warp for a token, where it goes by rows
-constexpr int kSlice = kGroup * kWarpOuts;
-constexpr int kMaxTileHidden = 4096;
-constexpr int kAhead = 2;  // slices on their way
-
-template <typename T>
-struct NormRows {
-  T sums[kGroup][kMaxTileHidden + kWide];  // residuals first
-  T products[kAhead + 1][kGroup][kSlice + kWide];
-  float squares[kGroup][kMaxTileHidden / kWide];
-};
-
-template <typename T>
-__global__ void __launch_bounds__(kNormThreads, 2)
-    norm_tiles_kernel(T* out, T* residual, const T* x, const T* weight, int hidden, float eps,
-                      Pending pending) {
-  extern __shared__ __align__(16) unsigned char bytes[];
-  auto& rows = *reinterpret_cast<NormRows<T>*>(bytes);
-  let_next_begin();
-  wait_for_inputs();
-  const TileTokens tokens(pending, blockIdx.y);
-  const int t = blockIdx.x * kGroup;
-  if (t >= tokens.count) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool is_token = t + warp < tokens.count;
-  const int64_t row = static_cast<int64_t>(tokens.first + t + warp) * hidden;
-  const auto start = [&](int slice) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int c = (i * 32 + lane) * kWide, at = slice * kSlice + c;
-      if (at >= kMaxTileHidden) break;
-      const bool valid = is_token && at < hidden;
-      copy_async(shared_address(&rows.products[slice % (kAhead + 1)][warp][c]), x + row + at, valid);
-      copy_async(shared_address(&rows.sums[warp][at]), residual + row + at, valid);
-    }
-    asm volatile("cp.async.commit_group;");
-  };
-  for (int i = 0; i < kAhead; ++i) start(i);
-  const SiteRow& adapter = row_of(pending.site, tokens.slot);
-  const auto part_of = [&](int slice) {
-    const int first = slice * kSlice + warp * kWarpOuts;
-    return warp_part_at<T>(pending.site, adapter, first, hidden - first);
-  };
-  WarpOuts<T> outs;
-  uint4 b[4];
-  outs.mine = part_of(0);
-  outs.fetch_b(b, outs.mine, 0);
-  const uint2 h = outs.load_h(pending, tokens, t, 0);
-#pragma unroll 1
-  for (int slice = 0; slice * kSlice < hidden; ++slice) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
-    __syncthreads();
-    start(slice + kAhead);
-    outs.mine = part_of(slice);
-    outs.deal(b);
-    outs.fetch_b(b, part_of(slice + 1), 0);
-    const int c = lane_output(), at = slice * kSlice + c;
-    uint4 products[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      products[i] = load16(&rows.products[slice % (kAhead + 1)][lane_token() + i][c]);
-    outs.finish(products, h, pending, tokens, t);
-    if (at >= hidden) continue;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      T* place = &rows.sums[lane_token() + i][at];
-      Vec<T> sum = Vec<T>::unpack(products[i]).plus(Vec<T>::load(place).x);
-      sum.round();
-      sum.store(place);
-      float square = 0.f;
-#pragma unroll
-      for (int j = 0; j < kWide; ++j) square += sum.x[j] * sum.x[j];
-      rows.squares[lane_token() + i][at / kWide] = square;
-    }
-  }
-  __syncthreads();
-  if (!is_token) return;
-  float all = 0.f;
-  for (int first = 0; first * kWide < hidden; first += 32) {
-    const int piece = first + lane;
-    const float sum = warp_sum(piece * kWide < hidden ? rows.squares[warp][piece] : 0.f);
-    if (lane == first / 32) all = sum;
-  }
-  const float scale = rsqrtf(warp_sum(all) / hidden + eps);
-#pragma unroll 4
-  for (int at = lane * kWide; at < hidden; at += 32 * kWide) {
-    const uint4 packed = load16(&rows.sums[warp][at]);
-    *reinterpret_cast<uint4*>(residual + row + at) = packed;
-    const Vec<T> sum = Vec<T>::unpack(packed);
-    Vec<T> w = Vec<T>::load(weight + at);
-#pragma unroll
-    for (int j = 0; j < kWide; ++j) w.x[j] *= rounded<T>(sum.x[j] * scale);
-    w.store(out + row + at);
-  }
-}
-
-template <typename T>
-int norm_tiles(void* out, void* residual, const void* x, const void* weight, int hidden, float eps,
-               const Pending& pending, cudaStream_t stream) {
-  if (hidden > kMaxTileHidden) return cudaErrorInvalidValue;
-  static const cudaError_t allowed = cudaFuncSetAttribute(
-      norm_tiles_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(NormRows<T>));
-  if (allowed != cudaSuccess) return allowed;
-  return launch(norm_tiles_kernel<T>, dim3(kTileTokens / kGroup, pending.num_tiles), kNormThreads,
-                sizeof(NormRows<T>), stream, static_cast<T*>(out), static_cast<T*>(residual),
-                static_cast<const T*>(x), static_cast<const T*>(weight), hidden, eps, pending);
-}
-
 template <typename T>
 int norm_pending(void* out, void* residual, const void* x, const void* weight, int rows,
                  int hidden, float eps, const Pending& pending, cudaStream_t stream) {
-  if (pending.tiles != nullptr)
-    return norm_tiles<T>(out, residual, x, weight, hidden, eps, pending, stream);
   const int warps = (hidden + 32 * kWide - 1) / (32 * kWide);
   const int threads = (warps + kCluster - 1) / kCluster * 32;
   if (!is_hopper() || threads > 256) return cudaErrorInvalidValue;

@@ -113,22 +113,17 @@ struct WarpOuts {
   WarpPart<T> mine;
   uint32_t b[4][4];  // 16 ranks; rows group and group + 8 of b[m] are outputs 2 m and 2 m + 1
 
-  WarpOuts() = default;
   __device__ explicit WarpOuts(const WarpPart<T>& part) : mine(part) { load_b(0); }
 
-  // This lane's part of 16 ranks of B, as it lies.
-  __device__ static void fetch_b(uint4 (&rows)[4], const WarpPart<T>& of, int r0) {
+  __device__ void load_b(int r0) {
     const int c = threadIdx.x % 32 / 4 * kWide, r = r0 + threadIdx.x % 4 * 4;
+    uint4 rows[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      rows[i] = c < of.columns && r + i < of.part.rank
-                    ? load_shared_rows(of.part.b +
-                                       static_cast<int64_t>(r + i) * of.part.width + c)
+      rows[i] = c < mine.columns && r + i < mine.part.rank
+                    ? load_shared_rows(mine.part.b +
+                                       static_cast<int64_t>(r + i) * mine.part.width + c)
                     : make_uint4(0, 0, 0, 0);
-  }
-
-  // The same as mma takes it.
-  __device__ void deal(const uint4 (&rows)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
       const uint32_t low[4] = {rows[i].x, rows[i].y, rows[i].z, rows[i].w};
@@ -139,12 +134,6 @@ struct WarpOuts {
         b[m][i + 1] = __byte_perm(low[m], high[m], 0x7632);
       }
     }
-  }
-
-  __device__ void load_b(int r0) {
-    uint4 rows[4];
-    fetch_b(rows, mine, r0);
-    deal(rows);
   }
 
   // This lane's four ranks from r0 on of the h of its one of the 8 tokens from t on, zeros where there

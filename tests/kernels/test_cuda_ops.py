@@ -397,30 +397,6 @@ def test_a_norm_adds_what_is_pending(hidden: int, slots: list[int], dtype: torch
     _close(residual, expected_residual)
 
 
-@pytest.mark.skipif(NO_HOPPER, reason="the two apart are used")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("slots", [slots for slots in PENDING_SLOTS if len(slots) >= 100])
-@pytest.mark.parametrize("hidden", [8, 264, 2056, 3584, 4096])
-def test_a_norm_adds_what_is_pending_of_tiles(
-    hidden: int, slots: list[int], dtype: torch.dtype
-) -> None:
-    site = Site(256, (hidden,), [(8,), (1,), (16,), (3,), (16,), (13,)], dtype)
-    pending = begin(site, slots)
-    assert pending.is_tiled
-    x, residual = torch.randn(2, len(slots), hidden, device="cuda").to(dtype)
-    assert fused_cuda.norms_pending(x, pending)
-    weight, expected_residual = torch.randn(hidden, device="cuda").to(dtype), residual.clone()
-    apart_residual = residual.clone()
-    found = fused_cuda.rms_norm(x, residual, weight, 1e-5, pending)
-    pending.add_(x)
-    apart = fused_cuda.rms_norm(x, apart_residual, weight, 1e-5)
-    base = torch.tensor([slot == 0 for slot in slots], device="cuda")
-    assert torch.equal(found[base], apart[base])
-    assert torch.equal(residual[base], apart_residual[base])
-    _close(found, fused_reference.add_rms_norm_(x, expected_residual, weight, 1e-5))
-    _close(residual, expected_residual)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("slots", PENDING_SLOTS)
 @pytest.mark.parametrize("width", [96, 1536, 14336])
