@@ -13,6 +13,7 @@ namespace lorafleet {
 namespace {
 
 constexpr int kPage = 16;
+constexpr int kLongPages = 64;
 constexpr int kResidentWarps = 8;  // of a multiprocessor: what its shared memory holds
 constexpr int kStages = 3;
 constexpr int kGroupHeads = 8;  // query heads of one key/value head, at most
@@ -64,9 +65,11 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
   const int64_t* pages = page_table + rows[row] * table_stride;
   const int first_page = first_key / kPage;
   const int num_pages = (length + kPage - 1) / kPage - first_page;
-  // Chunks are cut by pages; how many are in use follows from the row alone.
-  const int per_chunk = max(kWarps, (num_pages + static_cast<int>(gridDim.y) - 1) /
-                                        static_cast<int>(gridDim.y));
+  // Chunks are cut by pages; how many are in use follows from the row alone. Blocks of two warps are
+  // many: there a row is cut only where the others would wait for it.
+  constexpr int kMinPages = kWarps == 2 ? kLongPages : kWarps;
+  const int per_chunk = max(kMinPages, (num_pages + static_cast<int>(gridDim.y) - 1) /
+                                           static_cast<int>(gridDim.y));
   const int chunks = (num_pages + per_chunk - 1) / per_chunk;
   if (blockIdx.y >= chunks) {
     wait_for_inputs();

@@ -59,9 +59,9 @@ def decode_attention(
     kv_heads = keys.shape[2]
     assert query.is_contiguous()
     group, units = heads // kv_heads, num_tokens * kv_heads
-    chunks = max(1, min(_BLOCKS // units, page_table.shape[1]))
     # Where one wave has no room for all, smaller blocks: two waves start and end twice.
-    warps = 2 if units > _BLOCKS else 4
+    warps, chunks = (2, 2) if units > _BLOCKS else (4, _BLOCKS // units)
+    chunks = min(chunks, page_table.shape[1])
     out = torch.empty_like(query)
     partial = query.new_empty(units * chunks * group * (head_dim + 4), dtype=torch.float32)
     _entry()(
