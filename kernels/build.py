@@ -34,8 +34,8 @@ class NvccMissing(RuntimeError):
     """No built library fits these sources and no nvcc is here to build one."""
 
 
-def library_path(archs: Sequence[int], root: Path = _ROOT) -> Path:
-    """The built library for compute capabilities such as 80 or 90, building it if need be.
+def library_path(arch: int, root: Path = _ROOT) -> Path:
+    """The built library for a compute capability such as 80 or 90, building it if need be.
 
     Looked for, and put, under LORAFLEET_KERNEL_DIR or ~/.cache/lorafleet/kernels. Raises
     KernelBuildError, NvccMissing.
@@ -43,7 +43,7 @@ def library_path(archs: Sequence[int], root: Path = _ROOT) -> Path:
     sources = sorted(root.rglob("*.cu"))
     default = Path.home() / ".cache" / "lorafleet" / "kernels"
     base = Path(os.environ.get("LORAFLEET_KERNEL_DIR", default))
-    target = base / _fingerprint(sorted(root.rglob("*.cu*")), archs) / _NAME
+    target = base / _fingerprint(sorted(root.rglob("*.cu*")), arch) / _NAME
     if target.exists():
         return target
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -52,7 +52,7 @@ def library_path(archs: Sequence[int], root: Path = _ROOT) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         if not target.exists():
-            _build(nvcc, sources, archs, target)
+            _build(nvcc, sources, arch, target)
     return target
 
 
@@ -67,7 +67,7 @@ def library() -> ctypes.CDLL:
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    return ctypes.CDLL(str(library_path([10 * major + minor])))
+    return ctypes.CDLL(str(library_path(10 * major + minor)))
 
 
 def bind(name: str, *argtypes: type) -> Callable[..., None]:
@@ -85,19 +85,15 @@ def bind(name: str, *argtypes: type) -> Callable[..., None]:
     return call
 
 
-def _fingerprint(files: Sequence[Path], archs: Sequence[int]) -> str:
-    digest = hashlib.sha256(repr((_FLAGS, sorted(archs))).encode())
+def _fingerprint(files: Sequence[Path], arch: int) -> str:
+    digest = hashlib.sha256(repr((_FLAGS, _codes(arch))).encode())
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:20]
 
 
-def _build(nvcc: str, sources: Sequence[Path], archs: Sequence[int], target: Path) -> None:
-    codes = [
-        f"-gencode=arch=compute_{_exact(arch)},code=sm_{_exact(arch)}" for arch in sorted(archs)
-    ]
-    newest = max(archs)
-    codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+def _build(nvcc: str, sources: Sequence[Path], arch: int, target: Path) -> None:
+    codes = _codes(arch)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
         commands = [
@@ -112,9 +108,9 @@ def _build(nvcc: str, sources: Sequence[Path], archs: Sequence[int], target: Pat
         os.replace(linked, target)
 
 
-def _exact(arch: int) -> str:
-    """With what only this architecture has: Hopper's products of a warp group."""
-    return "90a" if arch == 90 else str(arch)
+def _codes(arch: int) -> list[str]:
+    exact = "90a" if arch == 90 else str(arch)  # with Hopper's products of a warp group
+    return [f"-gencode=arch=compute_{exact},code=sm_{exact}"]
 
 
 def _run(command: Sequence[str]) -> str:
@@ -128,8 +124,9 @@ def main() -> None:
     """Builds and says where."""
     parser = ArgumentParser("python -m lorafleet.kernels.build", description=__doc__)
     parser.add_argument("--arch", type=int, action="append", required=True, help="80, 89, 90 ...")
-    path = library_path(parser.parse_args().arch)
-    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    for arch in parser.parse_args().arch:
+        path = library_path(arch)
+        print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB)")
 
 
 if __name__ == "__main__":

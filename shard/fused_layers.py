@@ -14,7 +14,7 @@ import torch
 
 from lorafleet.kernels.fused.op import add_rms_norm_, rms_norm, rotary_and_store_
 from lorafleet.shard.attention import AttentionKind, PagedBatch, attention_kind
-from lorafleet.shard.layers import Site
+from lorafleet.shard.layers import ColumnSite, Site
 
 # h + attention(norm(h)), then h + down(silu(gate) * up) of norm(h): these and nothing else.
 _LLAMA_SHAPE = (
@@ -39,7 +39,7 @@ class _Layer:
     k_norm: torch.Tensor | None
     qkv: Site
     o: Site
-    gate_up: Site
+    gate_up: ColumnSite
     down: Site
     kind: AttentionKind
 
@@ -115,9 +115,9 @@ def _layer(module: Any, index: int) -> _Layer:
     )
 
 
-def _site(module: Any, *names: str) -> Site:
+def _site(module: Any, *names: str) -> ColumnSite:
     """The merged site, under the name the swap or the family gave it."""
-    found: Site = next(child for name, child in module.named_children() if name in names)
+    found: ColumnSite = next(child for name, child in module.named_children() if name in names)
     return found
 
 

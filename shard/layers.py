@@ -92,12 +92,6 @@ class Site(nn.Module):
         """`project`, but for what the operation that reads it next has still to add."""
         raise NotImplementedError
 
-    def activated(self, rows: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up, of a column-parallel site of these two; adapters included."""
-        if self._lora is None or self._lora.batch.is_empty:
-            return silu_product(rows, self.weight, self.bias)
-        return silu_mul(*self.product(rows))
-
     def project(self, rows: torch.Tensor) -> torch.Tensor:
         """[num_tokens, in_local] -> [num_tokens, out], adapters included."""
         y, pending = self.product(rows)
@@ -158,6 +152,12 @@ class ColumnSite(Site):
     def product(self, rows: torch.Tensor) -> tuple[torch.Tensor, Pending | None]:
         """[num_tokens, in] -> [num_tokens, out_local]."""
         return self.adjusted(*self.multiply(rows, self.bias))
+
+    def activated(self, rows: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up, of a site of these two: [num_tokens, out_local / 2]."""
+        if self._lora is None or self._lora.batch.is_empty:
+            return silu_product(rows, self.weight, self.bias)
+        return silu_mul(*self.product(rows))
 
     def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """The output of member `index`; the first member computes all of them.

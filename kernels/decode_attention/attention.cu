@@ -13,7 +13,6 @@ namespace lorafleet {
 namespace {
 
 constexpr int kPage = 16;
-constexpr int kLongPages = 64;
 constexpr int kResidentWarps = 8;  // of a multiprocessor: what its shared memory holds
 constexpr int kStages = 3;
 constexpr int kGroupHeads = 8;  // query heads of one key/value head, at most
@@ -53,7 +52,8 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
     decode_attention_kernel(T* out, float* partial, int* arrived, const T* query, const T* keys,
                             const T* values, const int64_t* page_table, int64_t table_stride,
                             const int64_t* rows, const int64_t* positions, const int64_t* fresh,
-                            int kv_heads, int group, float scale, int window, float softcap) {
+                            int kv_heads, int group, int least_pages, float scale, int window,
+                            float softcap) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   let_next_begin();
   const int row = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads;
@@ -65,11 +65,9 @@ __global__ void __launch_bounds__(32 * kWarps, kResidentWarps / kWarps)
   const int64_t* pages = page_table + rows[row] * table_stride;
   const int first_page = first_key / kPage;
   const int num_pages = (length + kPage - 1) / kPage - first_page;
-  // Chunks are cut by pages; how many are in use follows from the row alone. Blocks of two warps are
-  // many: there a row is cut only where the others would wait for it.
-  constexpr int kMinPages = kWarps == 2 ? kLongPages : kWarps;
-  const int per_chunk = max(kMinPages, (num_pages + static_cast<int>(gridDim.y) - 1) /
-                                           static_cast<int>(gridDim.y));
+  // Chunks are cut by pages; how many are in use follows from the row alone.
+  const int pieces = min(max(num_pages / least_pages, 1), static_cast<int>(gridDim.y));
+  const int per_chunk = (num_pages + pieces - 1) / pieces;
   const int chunks = (num_pages + per_chunk - 1) / per_chunk;
   if (blockIdx.y >= chunks) {
     wait_for_inputs();
@@ -278,18 +276,19 @@ template <typename T, int kDim, int kWarps>
 int attend(void* out, float* partial, int* arrived, const void* query, const void* keys,
            const void* values, const int64_t* page_table, int64_t table_stride, const int64_t* rows,
            const int64_t* positions, const int64_t* fresh, int num_rows, int kv_heads, int group,
-           int chunks, float scale, int window, float softcap, cudaStream_t stream) {
+           int chunks, int least_pages, float scale, int window, float softcap,
+           cudaStream_t stream) {
   constexpr int kBytes = kWarps * kStages * sizeof(PageTile<T, kDim>);
   static const cudaError_t allowed =
       cudaFuncSetAttribute(decode_attention_kernel<T, kDim, kWarps>,
                            cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (allowed != cudaSuccess) return allowed;
   const dim3 grid(num_rows * kv_heads, chunks);
-  return lorafleet::launch(decode_attention_kernel<T, kDim, kWarps>, grid, 32 * kWarps, kBytes, stream,
-                           static_cast<T*>(out), partial, arrived, static_cast<const T*>(query),
-                           static_cast<const T*>(keys), static_cast<const T*>(values), page_table,
-                           table_stride, rows, positions, fresh, kv_heads, group, scale, window,
-                           softcap);
+  return lorafleet::launch(decode_attention_kernel<T, kDim, kWarps>, grid, 32 * kWarps, kBytes,
+                           stream, static_cast<T*>(out), partial, arrived,
+                           static_cast<const T*>(query), static_cast<const T*>(keys),
+                           static_cast<const T*>(values), page_table, table_stride, rows, positions,
+                           fresh, kv_heads, group, least_pages, scale, window, softcap);
 }
 
 }  // namespace
@@ -303,12 +302,12 @@ extern "C" int lorafleet_decode_attention(int is_half, int head_dim, void* out, 
                                           int64_t table_stride, const int64_t* rows,
                                           const int64_t* positions, const int64_t* fresh,
                                           int num_rows, int kv_heads, int group, int chunks,
-                                          int warps, float scale, int window, float softcap,
-                                          cudaStream_t stream) {
+                                          int warps, int least_pages, float scale, int window,
+                                          float softcap, cudaStream_t stream) {
 #define ATTEND(T, D, W)                                                                        \
   attend<T, D, W>(out, partial, arrived, query, keys, values, page_table, table_stride, rows, \
-                  positions, fresh, num_rows, kv_heads, group, chunks, scale, window, softcap, \
-                  stream)
+                  positions, fresh, num_rows, kv_heads, group, chunks, least_pages, scale,     \
+                  window, softcap, stream)
 #define LAUNCH(T, D) return warps == 2 ? ATTEND(T, D, 2) : ATTEND(T, D, 4)
   if (head_dim == 64) {
     if (is_half) LAUNCH(__half, 64);

@@ -27,8 +27,11 @@ from functools import cache
 import torch
 
 from lorafleet.kernels.build import bind
+from lorafleet.kernels.device import shared_bytes
 
 _BLOCKS = 264  # of 4 warps, two for each multiprocessor: what runs at once
+_LARGE_BLOCK_BYTES = 4 * 3 * 2 * 16 * 136 * 2  # of 4 warps: 3 pages of keys and values each
+_LONG_CHUNK_PAGES, _LONG_ROW_CHUNKS = 64, 4
 _MAX_GROUP = 8
 
 
@@ -59,24 +62,34 @@ def decode_attention(
     kv_heads = keys.shape[2]
     assert query.is_contiguous()
     group, units = heads // kv_heads, num_tokens * kv_heads
-    # Where one wave has no room for all, smaller blocks: two waves start and end twice.
-    warps, chunks = (2, 2) if units > _BLOCKS else (4, _BLOCKS // units)
-    chunks = min(chunks, page_table.shape[1])
+    warps, chunks, least_pages = _cut(units, page_table.shape[1], head_dim, query.device)
     out = torch.empty_like(query)
     partial = query.new_empty(units * chunks * group * (head_dim + 4), dtype=torch.float32)
     _entry()(
         int(query.dtype == torch.float16), head_dim, out.data_ptr(), partial.data_ptr(),
         arrived.data_ptr(), query.data_ptr(), keys.data_ptr(), values.data_ptr(),
         page_table.data_ptr(), page_table.stride(0), rows.data_ptr(), positions.data_ptr(),
-        fresh.data_ptr(), num_tokens, kv_heads, group, chunks, warps, scale, window or 0,
-        softcap or 0.0, torch.cuda.current_stream().cuda_stream,
+        fresh.data_ptr(), num_tokens, kv_heads, group, chunks, warps, least_pages, scale,
+        window or 0, softcap or 0.0, torch.cuda.current_stream().cuda_stream,
     )  # fmt: skip
     return out
+
+
+def _cut(units: int, max_pages: int, head_dim: int, device: torch.device) -> tuple[int, int, int]:
+    """Warps of a block, chunks of a row at most, and pages that a chunk has at least.
+
+    Where one wave has no room for all units, blocks are smaller, since two waves start and end
+    twice, and only rows are cut for which the others would wait.
+    """
+    if units > _BLOCKS:
+        return 2, max(1, min(_LONG_ROW_CHUNKS, max_pages // _LONG_CHUNK_PAGES)), _LONG_CHUNK_PAGES
+    warps = 4 if head_dim == 64 or shared_bytes(device) >= _LARGE_BLOCK_BYTES else 2
+    return warps, min(_BLOCKS // units, max_pages), warps
 
 
 @cache
 def _entry() -> Callable[..., None]:
     return bind(
         "lorafleet_decode_attention", c_int, c_int, *[c_void_p] * 7, c_int64, *[c_void_p] * 3,
-        *[c_int] * 5, c_float, c_int, c_float, c_void_p,
+        *[c_int] * 6, c_float, c_int, c_float, c_void_p,
     )  # fmt: skip

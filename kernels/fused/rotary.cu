@@ -147,7 +147,8 @@ __global__ void __launch_bounds__(kTileThreads, 6)
   const int start = skipped * heads.dim + at, offset = threadIdx.x / 32 * kWarpOuts;
   const int64_t width = (heads.num + 2 * heads.num_kv) * heads.dim;
   ProductRing<T, 1> ring(qkv + tokens.first * width + start, width, 0, tokens.count, columns);
-  if (threadIdx.x < tokens.count) locations[threadIdx.x] = pool.locations[tokens.first + threadIdx.x];
+  if (threadIdx.x < tokens.count)
+    locations[threadIdx.x] = pool.locations[tokens.first + threadIdx.x];
   const auto mine = warp_part_at<T>(pending.site, row_of(pending.site, tokens.slot),
                                     start + offset, columns - offset);
   const int c = ring.piece();

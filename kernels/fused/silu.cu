@@ -199,7 +199,8 @@ __global__ void __launch_bounds__(32 * kWarps, 6)
   for (int i = 0; i < kPieces; ++i) {
     if (token >= pending.num_tokens || at + i * kHalfWarp >= width) continue;
     const float* added = sums + place * kSumWidth + i * kHalfWarp + piece;
-    silu_times(sum_of<T>(gates[i], added), sum_of<T>(ups[i], added + kHalf)).store(out + token * width + at + i * kHalfWarp);
+    silu_times(sum_of<T>(gates[i], added), sum_of<T>(ups[i], added + kHalf))
+        .store(out + token * width + at + i * kHalfWarp);
   }
 }
 

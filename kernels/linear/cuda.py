@@ -13,10 +13,12 @@ from functools import cache
 import torch
 
 from lorafleet.kernels.build import bind
+from lorafleet.kernels.device import shared_bytes
 
 MAX_ROWS = 64
 _TILE_ROWS = 128  # of the weight, as stream.cu cuts it
 _MAX_OUTS = 1 << 20
+_BLOCK_BYTES = 120 << 10  # of shared memory
 
 
 def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -30,6 +32,7 @@ def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and outs % 8 == 0
         and outs <= _MAX_OUTS
         and is_hopper(x.device)
+        and shared_bytes(x.device) >= _BLOCK_BYTES
     )
 
 

@@ -49,7 +49,6 @@ struct Plan {
   static constexpr int kOutStride = 16 + 8;  // elements: 16 outputs of a token, and no conflicts
   static constexpr int kOutBytes = kWarps * 16 * kOutStride * 2;
   static constexpr int kStages = (kBlockBytes - 1024 - kOutBytes) / kStageBytes;
-  static constexpr int kSharedBytes = kBlockBytes;
   static constexpr int kHeld = kTokens / 2;  // float32 sums of a thread
 };
 
@@ -322,7 +321,7 @@ int launch_stream(const Arguments& given, cudaStream_t stream) {
   constexpr bool kIsHalf = std::is_same_v<T, __half>;
   static const cudaError_t allowed =
       cudaFuncSetAttribute(stream_kernel<T, kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           P::kSharedBytes);
+                           P::kBlockBytes);
   if (allowed != cudaSuccess) return allowed;
   const int parts = given.outs % 16 == 0 ? 2 : 1;
   if (given.is_gated && parts == 1) return cudaErrorInvalidValue;
@@ -335,7 +334,7 @@ int launch_stream(const Arguments& given, cudaStream_t stream) {
   const Problem problem{given.rows, given.outs,    parts,        given.is_gated != 0,
                         cut,        given.partial, given.arrived};
   const int warps = kWarps + 1 + (given.shrink != nullptr ? kShrinkWarps : 0);
-  return launch(stream_kernel<T, kTokens>, dim3(cut.blocks), 32 * warps, P::kSharedBytes, stream,
+  return launch(stream_kernel<T, kTokens>, dim3(cut.blocks), 32 * warps, P::kBlockBytes, stream,
                 w_map, x_map, static_cast<T*>(given.y), static_cast<const T*>(given.bias), problem,
                 static_cast<const T*>(given.x), given.shrink != nullptr ? *given.shrink : Shrink{});
 }

@@ -39,7 +39,7 @@ __device__ inline int lane_output() {
 }
 __device__ inline int lane_token() { return threadIdx.x % 4 * 2; }
 
-// As copy_async; the L2 fetches 256 bytes, of which what follows wants the rest.
+// copy_async, but that the L2 fetches 256 bytes, of which what follows wants the rest.
 __device__ inline void copy_ahead(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(valid ? 16 : 0));

@@ -416,7 +416,8 @@ def test_silu_mul_adds_what_is_pending(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("slots", PENDING_SLOTS)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(4, 2, 64), (32, 8, 128), (5, 1, 96), (3, 3, 16)]
+    ("heads", "kv_heads", "head_dim"),
+    [(4, 2, 64), (32, 8, 128), (5, 1, 96), (3, 3, 16), (3, 1, 256), (3, 3, 128)],
 )
 def test_rotary_adds_what_is_pending(
     heads: int, kv_heads: int, head_dim: int, slots: list[int], dtype: torch.dtype
