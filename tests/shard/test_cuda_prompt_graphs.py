@@ -118,6 +118,23 @@ def test_prompts_in_graphs_are_as_likely_as_launched(folder: Path, seed: int) ->
         assert len(same) >= len(rows) // 2
 
 
+def test_shrinks_beside_their_products_change_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten steps whose shrinks have a stream of their own, beside the same ones on one stream."""
+    random = Random(17)
+    worker = build(folder / "model", adapters(folder), with_graphs=False)
+    for _ in range(10):
+        rows = list(range(ROWS))
+        plan = prompts_step(random, rows, random_slots(random, ROWS), 900)
+        results = []
+        for least_tokens in (1 << 30, 1, 1):
+            monkeypatch.setattr("lorafleet.kernels.lora.op._MIN_TOKENS_BESIDE", least_tokens)
+            results.append(logprobs(result_of(worker, plan), ROWS))
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("total", [100, 257, 511, MAX_TOKENS])
 def test_what_is_not_finite_stays_in_its_rows(folder: Path, total: int, tmp_path: Path) -> None:
     """An adapter that overflows harms no row of its step, nor any step after it."""
