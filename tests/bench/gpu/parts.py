@@ -58,6 +58,8 @@ class Part:
 def _tests(shape: Shape, options: Options) -> list[Row]:
     # Without the project's pytest plugins, which a GPU image need not have.
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-c", "/dev/null", "--rootdir", "."]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", "4", "--dist", "worksteal"]
     done = subprocess.run([*command, "-p", "no:cacheprovider", *_TESTS], cwd=_ROOT, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
