@@ -58,17 +58,51 @@ def check_values(name: str, data: bytes) -> None:
         raise AdapterUnservable(f"{name} has {count} values; it may have {_MAX_VALUES}.")
 
 
-def is_same_tokenizer(one: bytes, other: bytes) -> bool:
-    """Whether two `tokenizer.json`, valid JSON objects both, make the same tokens of a text."""
-    return one == other or _essence(json.loads(one)) == _essence(json.loads(other))
+def is_same_tokenizer(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two parsed `tokenizer.json` make the same tokens of a text."""
+    return _essence(one) == _essence(other)
 
 
 def _essence(file: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in file.items() if name not in _IGNORED}
+    essence = {name: value for name, value in file.items() if name not in _IGNORED}
+    if isinstance(file.get("model"), dict):
+        essence["model"] = {
+            name: _merges(value) if name == "merges" else value
+            for name, value in file["model"].items()
+            if (name, value) != ("ignore_merges", False)  # as without it
+        }
+    return essence
+
+
+def _merges(merges: Any) -> Any:
+    """Pairs as `tokenizers` wrote them until 0.20: "a b" for what is ["a", "b"] since."""
+    if not isinstance(merges, list):
+        return merges
+    return [" ".join(pair) if _is_pair(pair) else pair for pair in merges]
+
+
+def _is_pair(pair: Any) -> bool:
+    # A space inside would make two pairs look the same.
+    return (
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(isinstance(piece, str) and " " not in piece for piece in pair)
+    )
+
+
+def parse_tokenizer(data: bytes) -> dict[str, Any]:
+    """A `tokenizer.json`, in a second and with the interpreter's lock held.
+
+    Raises AdapterUnservable for what is none.
+    """
+    return _object(TOKENIZER_FILE, {TOKENIZER_FILE: data})
 
 
 def read_tokenizer(directory: Path) -> TokenizerFiles:
-    """Raises AdapterUnservable naming a file that is too large or is not what it should be."""
+    """The files as they are; `tokenizer.json` is not parsed, since streams would wait for that.
+
+    Raises AdapterUnservable naming a file that is too large or is not what it should be.
+    """
     contents = {name: _read(directory / name) for name in MAX_TOKENIZER_BYTES}
     if not any(contents.values()):
         return TokenizerFiles()
@@ -80,8 +114,6 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
         config.setdefault(name, token)
     if contents[_TEMPLATE_FILE]:
         config["chat_template"] = _text(_TEMPLATE_FILE, contents)
-    if contents[TOKENIZER_FILE]:
-        _object(TOKENIZER_FILE, contents)
     return TokenizerFiles(
         digest.hexdigest(), contents[TOKENIZER_FILE], json.dumps(config).encode() if config else b""
     )

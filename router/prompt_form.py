@@ -8,13 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from lorafleet.cache.tokenizer_files import is_same_tokenizer
 from lorafleet.proto.messages import AdapterTokenizer, ShardInfo
 from lorafleet.router.chat import ChatTemplate, special_tokens, template_source
 from lorafleet.router.errors import AdapterUnservable
 from lorafleet.router.prompt import max_characters
 from lorafleet.router.tokenizer import Tokenizer
-from lorafleet.router.tokenizer_check import check_tokenizer, check_values, read_tokenizer_file
+from lorafleet.router.tokenizer_check import check_tokenizer, read_tokenizer_file
 
 Render = Callable[[list[dict[str, Any]]], Awaitable[str]]
 
@@ -33,10 +32,13 @@ class BaseForm:
     """The base model's form, and what adapters' files are compared with."""
 
     def __init__(self, info: ShardInfo, num_threads: int) -> None:
-        self._file = info.tokenizer_json
+        self.tokenizer_json = info.tokenizer_json
         self._max_characters = max_characters(info)
         self._config = json.loads(info.tokenizer_config_json or b"{}")
-        tokenizer, template = Tokenizer(self._file, num_threads), ChatTemplate(self._config)
+        tokenizer, template = (
+            Tokenizer(self.tokenizer_json, num_threads),
+            ChatTemplate(self._config),
+        )
 
         async def render(messages: list[dict[str, Any]]) -> str:
             return await tokenizer.in_thread(template.render, messages)
@@ -46,30 +48,23 @@ class BaseForm:
     def adapted(
         self,
         files: AdapterTokenizer,
+        has_bases: bool,
         threads: ThreadPoolExecutor,
         render: Callable[[dict[str, Any], list[dict[str, Any]]], Awaitable[str]],
     ) -> PromptForm:
         """The form with what an adapter ships of its own; takes long, so call it in a thread.
 
-        Raises AdapterUnservable for a tokenizer that is none, or that could take very long.
+        `has_bases`: whether its tokenizer is the base's; another was found harmless before. Raises
+        AdapterUnservable for one that is none.
         """
         config = json.loads(files.tokenizer_config_json or b"{}")
         tokenizer, nbytes = self.form.tokenizer, 0
-        if files.tokenizer_json and not self._is_same(files.tokenizer_json):
-            tokenizer = open_tokenizer(
-                files.tokenizer_json, self._file, threads, self._max_characters
-            )
+        if not has_bases:
+            tokenizer = _tokenizer(files.tokenizer_json, threads, self._max_characters)
             nbytes = len(files.tokenizer_json)
         return PromptForm(
             tokenizer, self._render(config, render), self._eos(tokenizer, config), nbytes
         )
-
-    def _is_same(self, data: bytes) -> bool:
-        """Raises AdapterUnservable for what is not to be parsed."""
-        if data == self._file:
-            return True
-        check_values(data)
-        return is_same_tokenizer(data, self._file)
 
     def _render(
         self,
@@ -91,17 +86,18 @@ class BaseForm:
         return self.form.eos_token_ids | ({own} if own is not None else set())
 
 
-def open_tokenizer(
-    data: bytes,
-    base: bytes,
-    threads: int | ThreadPoolExecutor,
-    max_characters: int | None = None,
-) -> Tokenizer:
+def open_tokenizer(data: bytes, base: bytes, threads: int) -> Tokenizer:
     """The tokenizer an adapter ships, `base` being the base model's file.
 
     Raises AdapterUnservable.
     """
     check_tokenizer(read_tokenizer_file(data), json.loads(base))
+    return _tokenizer(data, threads)
+
+
+def _tokenizer(
+    data: bytes, threads: int | ThreadPoolExecutor, max_characters: int | None = None
+) -> Tokenizer:
     try:
         return Tokenizer(data, threads, max_characters)
     except (KeyboardInterrupt, SystemExit):

@@ -13,6 +13,7 @@ from lorafleet.router.adapter import Adapter
 from lorafleet.router.errors import AdapterChanged
 from lorafleet.router.prompt_form import BaseForm, PromptForm
 from lorafleet.router.template_renderer import TemplateRenderer
+from lorafleet.router.tokenizer_reader import TokenizerReader
 
 # In memory a tokenizer takes several times its file.
 MAX_BYTES = 128 << 20
@@ -31,6 +32,7 @@ class PromptForms:
     def __init__(self, info: ShardInfo, num_workers: int, fetch: Fetch) -> None:
         self._base, self._fetch = BaseForm(info, num_workers), fetch
         self._threads = ThreadPoolExecutor(num_workers, "adapter-tokenizer")
+        self._reader = TokenizerReader(self._base.tokenizer_json, num_workers)
         self._renderer = TemplateRenderer(num_workers)
         self._forms: OrderedDict[str, PromptForm] = OrderedDict()
         self._builds: dict[str, asyncio.Task[PromptForm]] = {}
@@ -70,9 +72,12 @@ class PromptForms:
                 f"the tokenizer of adapter {key} changed after the adapter was loaded; drop the "
                 "adapter to load it anew"
             )
+        shipped = files.tokenizer_json
+        has_bases = not shipped or await self._reader.is_bases(shipped)
         return await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._base.adapted, files, self._threads, self._renderer.render
-        )
+            self._threads, self._base.adapted, files, has_bases, self._threads,
+            self._renderer.render,
+        )  # fmt: skip
 
     def _built(self, digest: str, build: asyncio.Task[PromptForm]) -> None:
         del self._builds[digest]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import time
-from asyncio.subprocess import PIPE, Process
-from contextlib import suppress
+from asyncio.subprocess import Process
 from hashlib import sha256
 from typing import Any
 
 from lorafleet.router.chat import TemplateFailed
+from lorafleet.router.child_process import kill, start
 from lorafleet.router.template_process import LENGTH_BYTES
 
-_COMMAND = (sys.executable, "-P", "-m", "lorafleet.router.template_process")
+_MODULE = "lorafleet.router.template_process"
 _SECONDS = 5.0  # for one rendering; templates take milliseconds
 _REST_SECONDS = 60.0  # in which a template that took longer is not tried again
 _LONG_BYTES = 1 << 16  # of messages that may be to blame themselves for the time they take
@@ -46,14 +45,14 @@ class TemplateRenderer:
                 async with asyncio.timeout(self._seconds):
                     answer = await _ask(process, data)
             except TimeoutError:
-                await _kill(process)
+                await kill(process)
                 self._resting[kind] = time.monotonic() + _REST_SECONDS
                 raise _failed(f"the chat template takes more than {self._seconds:g} s") from None
             except (asyncio.IncompleteReadError, ConnectionError):
-                await _kill(process)
+                await kill(process)
                 raise _failed("the chat template takes too much memory or time") from None
             except BaseException:
-                await _kill(process)
+                await kill(process)
                 raise
             self._idle.append(process)
         if "error" in answer:
@@ -69,18 +68,15 @@ class TemplateRenderer:
     async def close(self) -> None:
         """Ends the processes that rest; the others end with the requests they work for."""
         while self._idle:
-            await _kill(self._idle.pop())
+            await kill(self._idle.pop())
 
 
 async def _start() -> Process:
-    # Nothing of this process's environment, which may hold secrets, is a template's business.
-    process = await asyncio.create_subprocess_exec(
-        *_COMMAND, stdin=PIPE, stdout=PIPE, env={"PYTHONUTF8": "1"}
-    )
+    process = await start(_MODULE)
     try:
         await _read(process)  # its imports are not the template's time
     except BaseException:
-        await _kill(process)
+        await kill(process)
         raise
     return process
 
@@ -99,12 +95,6 @@ async def _read(process: Process) -> dict[str, str]:
         await process.stdout.readexactly(int.from_bytes(head, "little"))
     )
     return answer
-
-
-async def _kill(process: Process) -> None:
-    with suppress(ProcessLookupError):
-        process.kill()
-    await process.wait()
 
 
 def _failed(reason: str) -> TemplateFailed:

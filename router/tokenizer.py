@@ -46,7 +46,6 @@ class Tokenizer:
         over however few tokens it makes of it; None = any.
         """
         self._max_characters = max_characters
-        file = json.loads(tokenizer_json)
         self._file = TokenizerFile.from_str(tokenizer_json.decode())
         self._file.no_truncation()
         self._file.no_padding()
@@ -57,8 +56,9 @@ class Tokenizer:
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         # A model's logits may be wider than its tokenizer: ids without a token have no text either.
         self._text_ids = frozenset(self._file.get_vocab().values()) - self.special_ids
-        self._byte_ids = _byte_ids(self._file) if _has_byte_fallback(file.get("decoder")) else {}
-        self._byte_level = (file.get("decoder") or {}).get("type") == "ByteLevel"
+        decoder = _decoder(self._file)
+        self._byte_ids = _byte_ids(self._file) if _has_byte_fallback(decoder) else {}
+        self._byte_level = decoder.get("type") == "ByteLevel"
         self.pieces = _Pieces(self._byte_level_piece if self._byte_level else self._decoded_piece)
         self._filler = self._find_filler()
         # Windows are a token or two, so the same ones come again and again.
@@ -179,6 +179,12 @@ class _Pieces(dict[int, bytes]):
     def __missing__(self, token_id: int) -> bytes:
         self[token_id] = found = self._piece(token_id)
         return found
+
+
+def _decoder(file: TokenizerFile) -> dict[str, Any]:
+    """The decoder as the file has it, which is not parsed again for it: that takes long."""
+    found: dict[str, Any] = json.loads(file.decoder.__getstate__()) if file.decoder else {}
+    return found
 
 
 def _has_byte_fallback(decoder: Any) -> bool:

@@ -48,17 +48,9 @@ _PATTERN_FIELDS = frozenset(("String", "Regex"))
 
 def read_tokenizer_file(data: bytes) -> dict[str, Any]:
     """A tokenizer.json from outside. Raises AdapterUnservable."""
-    check_values(data)
-    try:
-        return read_object(TOKENIZER_FILE, data)
-    except AdapterFault as fault:
-        raise AdapterUnservable(f"the adapter's tokenizer cannot be read: {fault}") from None
-
-
-def check_values(data: bytes) -> None:
-    """Raises AdapterUnservable for a tokenizer.json that takes very much memory when parsed."""
     try:
         tokenizer_files.check_values(TOKENIZER_FILE, data)
+        return read_object(TOKENIZER_FILE, data)
     except AdapterFault as fault:
         raise AdapterUnservable(f"the adapter's tokenizer cannot be read: {fault}") from None
 

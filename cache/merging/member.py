@@ -13,7 +13,7 @@ from lorafleet.cache.adapter_files import AdapterSpec, read_spec, read_tensors
 from lorafleet.cache.errors import AdapterUnservable, shown
 from lorafleet.cache.layout import ModelLayout
 from lorafleet.cache.peft_config import MAX_CONFIG_BYTES
-from lorafleet.cache.tokenizer_files import is_same_tokenizer, read_tokenizer
+from lorafleet.cache.tokenizer_files import is_same_tokenizer, parse_tokenizer, read_tokenizer
 from lorafleet.cache.weight_files import CONFIG_FILE
 from lorafleet.cache.weights_reader import WeightsReader
 
@@ -82,9 +82,12 @@ class MergeMember:
         """
         try:
             own = read_tokenizer(self.spec.directory).tokenizer_json
+            if not own or own == base:
+                return
+            is_same = is_same_tokenizer(parse_tokenizer(own), parse_tokenizer(base))
         except AdapterUnservable as error:
             raise AdapterUnservable(f"{self.name} cannot be merged: {error}") from None
-        if own and not is_same_tokenizer(own, base):
+        if not is_same:
             raise AdapterUnservable(
                 f"{self.name} cannot be merged: its tokenizer.json makes other tokens of a text "
                 "than the base model's, and a merge is spoken to with the base model's."

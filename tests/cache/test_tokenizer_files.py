@@ -16,7 +16,12 @@ from lorafleet.cache.errors import AdapterNotFound, AdapterUnservable
 from lorafleet.cache.sources.archive import unpack
 from lorafleet.cache.sources.local import LocalSource
 from lorafleet.cache.store import AdapterStore
-from lorafleet.cache.tokenizer_files import MAX_TOKENIZER_BYTES, read_tokenizer
+from lorafleet.cache.tokenizer_files import (
+    MAX_TOKENIZER_BYTES,
+    is_same_tokenizer,
+    parse_tokenizer,
+    read_tokenizer,
+)
 from lorafleet.proto.messages import AdapterInfo, AdapterKey, FetchAdapterRequest, Tier
 from tests.cache.adapter_cases import Settings, tiny_layout, write_adapter
 from tests.cache.archive_cases import tar_of, zip_of
@@ -139,13 +144,9 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("tokenizer.json", b"no JSON"),
-        ("tokenizer.json", b"[]"),
         ("tokenizer_config.json", b"[" * 100_000),
         ("special_tokens_map.json", b"3"),
         ("chat_template.jinja", b"\xff\xfe"),
-        ("tokenizer.json", b'{"x": [' + b"[]," * 200_000 + b"[]]}"),
-        ("tokenizer.json", b'{"x": [' + b'"abcdefg",' * 3_000_000 + b"1]}"),
         ("tokenizer_config.json", b'{"x": [' + b"[]," * 200_000 + b"[]]}"),
     ],
 )
@@ -153,3 +154,37 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path, name: str, content: bytes
     ship(write_adapter(tmp_path / "root" / "one"), **{name: content})
     with pytest.raises(AdapterUnservable, match=name):
         fetch(store_of(tmp_path / "root"), LOCAL, Tier.DISK)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no JSON",
+        b"[]",
+        b'{"x": [' + b"[]," * 200_000 + b"[]]}",
+        b'{"x": [' + b'"abcdefg",' * 3_000_000 + b"1]}",
+    ],
+)
+def test_a_tokenizer_is_handed_on_unread_and_named_by_who_parses_it(
+    tmp_path: Path, content: bytes
+) -> None:
+    ship(write_adapter(tmp_path / "root" / "one"), **{"tokenizer.json": content})
+    store = store_of(tmp_path / "root")
+    fetch(store, LOCAL, Tier.DISK)
+    assert store.tokenizer(LOCAL).tokenizer_json == content
+    with pytest.raises(AdapterUnservable, match=r"tokenizer\.json"):
+        parse_tokenizer(content)
+
+
+def test_the_same_tokenizer_in_another_form() -> None:
+    vocab = {"a": 0, "b": 1, "ab": 2, "a b": 3}
+    new = {"model": {"vocab": vocab, "merges": [["a", "b"]], "ignore_merges": False}}
+    old = {"model": {"vocab": vocab, "merges": ["a b"]}, "truncation": {"max_length": 3}}
+    assert is_same_tokenizer(new, old)
+    for merges in ([["a", "b"]] * 2, [["a b", "c"]], [["a", "b c"]], [["a", "b", "c"]], ["b a"]):
+        assert not is_same_tokenizer(new, {"model": {"vocab": vocab, "merges": merges}})
+    assert not is_same_tokenizer(
+        {"model": {"merges": [["a b", "c"]]}}, {"model": {"merges": [["a", "b c"]]}}
+    )
+    assert not is_same_tokenizer(new, {"model": new["model"] | {"ignore_merges": True}})
+    assert not is_same_tokenizer(new, {"model": None})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from asyncio.subprocess import Process
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from lorafleet.proto.messages import AdapterKey, AdapterTokenizer
-from lorafleet.router import prompt_forms
+from lorafleet.router import child_process, prompt_forms, tokenizer_reader
+from lorafleet.router.errors import AdapterUnservable
 from lorafleet.router.prompt import max_total_tokens
 from lorafleet.router.service import SERVICE
+from lorafleet.router.tokenizer_reader import TokenizerReader
 from tests import fake_tokenizer
 from tests.fake_tokenizer import VOCAB_SIZE
 from tests.fakes import FakeConfig
@@ -225,16 +228,10 @@ async def test_a_hostile_template_harms_nobody(template: str) -> None:
         assert answer["choices"][0]["message"]["content"] == "ok "
 
 
-async def test_a_file_that_takes_much_memory_is_not_parsed_at_all(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def parse(*_: bytes) -> bool:
-        raise AssertionError("it was parsed")
-
+async def test_a_file_that_takes_much_memory_is_not_parsed_at_all() -> None:
     async with serving() as service:
         bomb = b'{"x":[' + b"[]," * 120_000 + b"[]]}"
         name = ship(service, 1, files("a", bomb))
-        monkeypatch.setattr("lorafleet.router.prompt_form.is_same_tokenizer", parse)
         body = {"inputs": "a", "parameters": {"adapter_id": name, "max_new_tokens": 1}}
         refused = await service.json("/generate", body, status=422)
         assert "lists and objects" in refused["error"]
@@ -282,3 +279,47 @@ async def test_a_deadline_covers_the_tokenizer(monkeypatch: pytest.MonkeyPatch) 
         refused = await service.json("/generate", body, status=504)
         assert refused["error_type"] == "timeout"
         assert not any(adapter.is_pinned for adapter in service.engine._directory)
+
+
+async def test_the_bases_tokenizer_saved_anew_is_the_bases() -> None:
+    file = json.loads(fake_tokenizer.tokenizer_json())
+    saved = json.dumps(file | {"truncation": None, "padding": None}, indent=4).encode()
+    assert saved != fake_tokenizer.tokenizer_json()
+    async with serving() as service:
+        forms = service.client.app[SERVICE].forms
+        for number, shipped in enumerate((saved, fake_tokenizer.tokenizer_json())):
+            name = ship(service, number, files(str(number), shipped))
+            await service.generate("a", adapter_id=name, max_new_tokens=1)
+        assert [form.tokenizer for form in forms._forms.values()] == [forms.base.tokenizer] * 2
+
+
+async def test_a_tokenizer_that_takes_too_long_to_read_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: asyncio.Queue[Process] = asyncio.Queue()
+    begin = child_process.start
+
+    async def start(module: str) -> Process:
+        process = await begin(module)
+        started.put_nowait(process)
+        return process
+
+    monkeypatch.setattr(child_process, "start", start)
+    reader = TokenizerReader(b"{}", 1)
+    monkeypatch.setattr(tokenizer_reader, "_SECONDS", 0.0)
+    with pytest.raises(AdapterUnservable, match="takes more than 0 s"):
+        await reader.is_bases(extended(NEW))
+    assert (await started.get()).returncode == -9
+    monkeypatch.setattr(tokenizer_reader, "_SECONDS", 60.0)
+    waiting = asyncio.create_task(reader.is_bases(extended(NEW)))
+    process = await started.get()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert process.returncode == -9
+    assert not await reader.is_bases(extended(NEW))  # its place is free again
+
+
+async def test_a_reader_that_dies_refuses_the_tokenizer() -> None:
+    with pytest.raises(AdapterUnservable, match="too much memory or time"):
+        await TokenizerReader(b"no JSON", 1).is_bases(extended(NEW))
