@@ -35,10 +35,8 @@ class BaseForm:
         self.tokenizer_json = info.tokenizer_json
         self._max_characters = max_characters(info)
         self._config = json.loads(info.tokenizer_config_json or b"{}")
-        tokenizer, template = (
-            Tokenizer(self.tokenizer_json, num_threads),
-            ChatTemplate(self._config),
-        )
+        tokenizer = Tokenizer(self.tokenizer_json, num_threads)
+        template = ChatTemplate(self._config)
 
         async def render(messages: list[dict[str, Any]]) -> str:
             return await tokenizer.in_thread(template.render, messages)

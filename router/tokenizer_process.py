@@ -17,7 +17,7 @@ from lorafleet.router.errors import AdapterUnservable
 from lorafleet.router.tokenizer_check import check_tokenizer, read_tokenizer_file
 
 LENGTH_BYTES = 8
-_MAX_MEMORY_BYTES = 4 << 30  # the largest files that are let through take less than half
+_MAX_MEMORY_BYTES = 4 << 30  # three million values in 59 MB take 1 GB
 _MAX_SECONDS = 60  # of computing; for a process whose parent was killed
 
 

@@ -48,7 +48,7 @@ async def _ask(*files: bytes) -> dict[str, str]:
     finally:
         await child_process.kill(process)
     if process.returncode != 0:
-        raise _too_much("too much memory or time")
+        raise _too_much("too much memory or time, or what no tokenizer has,")
     answer: dict[str, str] = json.loads(output)
     return answer
 

@@ -156,7 +156,8 @@ def shrink_tiles(
     # Full tiles alone would do with few splits, but of a captured step's tiles most may be empty.
     full = -(-num_tokens // TILE_TOKENS) * -(-capacity // TILE_TOKENS)
     splits = max(1, min(site.in_features // _MIN_SPLIT, _WAVE_TILES // full))
-    partial = x.new_empty(splits * (splits > 1), num_tokens, capacity, dtype=torch.float32)
+    parts = splits if splits > 1 else 0  # one alone is h at once
+    partial = x.new_empty(parts, num_tokens, capacity, dtype=torch.float32)
     shrunk = ShrunkTiles(x.new_empty(num_tokens, capacity), tiles, max_rank)
     work = pending_arguments(shrunk, site, row_slots)
     work.splits = splits

@@ -38,7 +38,7 @@ _MAX_PADDING = 2  # rows with padding over rows without, in a grid
 # What the decode form of the kernels is made for; longer segments go to tensor cores.
 MAX_DECODE_TOKENS = 256
 _MAX_DECODE_SEGMENT = 16
-# A shorter product ends before the host has launched both.
+# Shorter steps take the host about as long to launch as the device to compute: no time for more.
 _MIN_TOKENS_BESIDE = 2048
 # Tokens times their largest rank; beyond, a product's spare warps are too few for the bytes of A.
 _MAX_CARRIED = 1024

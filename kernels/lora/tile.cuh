@@ -47,7 +47,7 @@ __device__ inline void copy_ahead(uint32_t to, const void* from, bool valid) {
 
 // A tile's products of kParts parts that lie `apart`, 8 tokens at a time, on their way to shared
 // memory. A warp copies 512 bytes of one row at once, though its outputs are 128 bytes of each row:
-// pieces so short cost the memory half of its speed.
+// in pieces so short the memory gives much less (docs/benchmarks.md).
 template <typename T, int kParts>
 class ProductRing {
  public:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import re
 import shutil
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from lorafleet.kernels import build
 from lorafleet.kernels.build import KernelBuildError, NvccMissing, build_log, library_path
 
 ENTRIES = (
@@ -53,6 +56,20 @@ def test_a_refused_source_shows_the_compilers_words(kernel_dir: Path, tmp_path: 
     (tmp_path / "broken.cu").write_text("__global__ void k() { undeclared(); }")
     with pytest.raises(KernelBuildError, match="undeclared"):
         library_path(90, root=tmp_path)
+
+
+@needs_nvcc
+def test_what_is_built_ahead_is_found_by_each_device(
+    kernel_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one.cu").write_text('extern "C" int one() { return 1; }')
+    monkeypatch.setattr(build, "library_path", partial(library_path, root=tmp_path))
+    monkeypatch.setattr(sys, "argv", ["build", "--arch", "80", "--arch", "90"])
+    build.main()
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    assert library_path(80, root=tmp_path) != library_path(90, root=tmp_path)
+    with pytest.raises(NvccMissing):
+        library_path(89, root=tmp_path)
 
 
 def test_without_a_compiler_the_missing_library_is_named(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from lorafleet.kernels.decode_attention import op as attention_op
 from lorafleet.kernels.decode_attention.op import decode_attention
 from lorafleet.kernels.decode_attention.reference import decode_attention as reference_attention
 from lorafleet.kernels.fetch.op import fetch_
@@ -347,6 +348,13 @@ def test_decode_attention(
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert not arrived.any()
+
+
+def test_decode_attention_in_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an L4 has it: blocks of two warps for few rows too."""
+    monkeypatch.setattr(attention_op, "shared_bytes", lambda device: 99 << 10)
+    for positions in ([0], [600, 5, 40, 2047]):
+        test_decode_attention(positions, None, 30.0, 8, 2, 128, torch.bfloat16)
 
 
 @pytest.mark.parametrize("bytes_", [8, 16, 7 * 8 * 64, 8 * 4096 + 5])

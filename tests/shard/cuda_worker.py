@@ -18,7 +18,6 @@ from lorafleet.cache.packing import pack
 from lorafleet.proto.messages import SamplingParams, SequenceStart, StepPlan
 from lorafleet.shard.base_weights import CheckpointWeights
 from lorafleet.shard.checkpoint import Checkpoint
-from lorafleet.shard.config import PAGE_SIZE
 from lorafleet.shard.flash_attention import FlashAttention
 from lorafleet.shard.group import Group
 from lorafleet.shard.kv_pool import KvPool
@@ -43,13 +42,9 @@ def build(directory: Path, adapters: Sequence[Path], with_graphs: bool) -> Worke
     decoder.optimize(256)
     rows, part = RowTable(8, 256, device), decoder.partition
     pool = KvPool(
-        decoder.config.num_hidden_layers,
-        8 * 256 // PAGE_SIZE,
-        part.local_kv_heads,
-        part.head_dim,
-        DTYPE,
-        device,
-    )
+        decoder.config.num_hidden_layers, rows.max_rows * rows.page_table.shape[1],
+        part.local_kv_heads, part.head_dim, DTYPE, device,
+    )  # fmt: skip
     tier = DeviceTier(64 << 20, len(adapters), decoder.layout, DTYPE, device)
     decoder.attach_adapters(tier)
     base, offset = CheckpointWeights(directory, DTYPE), 0
