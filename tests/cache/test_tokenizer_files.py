@@ -186,5 +186,8 @@ def test_the_same_tokenizer_in_another_form() -> None:
     assert not is_same_tokenizer(
         {"model": {"merges": [["a b", "c"]]}}, {"model": {"merges": [["a", "b c"]]}}
     )
+    assert not is_same_tokenizer(
+        {"model": {"merges": [["a", "b", "c"]]}}, {"model": {"merges": ["a b c"]}}
+    )
     assert not is_same_tokenizer(new, {"model": new["model"] | {"ignore_merges": True}})
     assert not is_same_tokenizer(new, {"model": None})
