@@ -79,6 +79,10 @@ __global__ void __launch_bounds__(256)
   const int token = blockIdx.x / kCluster;
   const int at = (blockIdx.x % kCluster * blockDim.x + threadIdx.x) * kWide;
   PendingPiece<T> piece(pending, token, at, hidden);
+  // The weight waits in shared memory: for registers of it there is no room beside the product.
+  __shared__ __align__(16) T weights[256 * kWide];
+  T* my_weights = weights + threadIdx.x * kWide;
+  copy_async(shared_address(my_weights), weight + at, piece.inside);
   wait_for_inputs();
   const int64_t place = static_cast<int64_t>(token) * hidden + at;
   Vec<T> sum{};
@@ -95,7 +99,8 @@ __global__ void __launch_bounds__(256)
   }
   const float scale = rsqrtf(cluster_sum(squares) / hidden + eps);
   if (!piece.inside) return;
-  Vec<T> w = Vec<T>::load(weight + at);
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  Vec<T> w = Vec<T>::load(my_weights);
 #pragma unroll
   for (int j = 0; j < kWide; ++j) w.x[j] *= rounded<T>(sum.x[j] * scale);
   w.store(out + place);

@@ -59,10 +59,22 @@ __device__ void norm_head(Vec<T>& x, const T* weight, const Heads& heads, const 
   for (int j = 0; j < kWide; ++j) x.x[j] = rounded<T>(rounded<T>(x.x[j] * scale) * w.x[j]);
 }
 
-// Element d meets d + rotary_dim / 2, which a neighbouring lane holds.
+// 8 of cos and of sin; zeros where nothing is rotated.
+struct Angles {
+  uint4 cos, sin;
+};
+
 template <typename T>
-__device__ void rotate(Vec<T>& x, const Tables<T>& tables, const Heads& heads, const Place& place,
-                       int token) {
+__device__ Angles angles_of(const Tables<T>& tables, const Heads& heads, const Place& place,
+                            int token) {
+  if (place.part == 2 || place.at >= heads.rotary_dim) return {};
+  const int64_t at = static_cast<int64_t>(token) * heads.rotary_dim + place.at;
+  return {load16(tables.cos + at), load16(tables.sin + at)};
+}
+
+// Element d meets d + rotary_dim / 2, which a neighbouring lane holds.
+template <typename T, typename Find>
+__device__ void rotate(Vec<T>& x, Find&& find_angles, const Heads& heads, const Place& place) {
   const int half = heads.rotary_dim / 2;
   const bool is_first = place.at < half, is_rotated = place.at < heads.rotary_dim;
   const int partner = (threadIdx.x + (is_first ? half : -half) / kWide) % 32;
@@ -70,8 +82,8 @@ __device__ void rotate(Vec<T>& x, const Tables<T>& tables, const Heads& heads, c
 #pragma unroll
   for (int j = 0; j < kWide; ++j) other.x[j] = __shfl_sync(kFullWarp, x.x[j], partner);
   if (!is_rotated) return;
-  const int64_t at = static_cast<int64_t>(token) * heads.rotary_dim + place.at;
-  const Vec<T> c = Vec<T>::load(tables.cos + at), s = Vec<T>::load(tables.sin + at);
+  const Angles angles = find_angles();
+  const Vec<T> c = Vec<T>::unpack(angles.cos), s = Vec<T>::unpack(angles.sin);
   const float sign = is_first ? -1.f : 1.f;
 #pragma unroll
   for (int j = 0; j < kWide; ++j)
@@ -79,16 +91,17 @@ __device__ void rotate(Vec<T>& x, const Tables<T>& tables, const Heads& heads, c
 }
 
 // Norms and rotates this lane's elements as their part wants it, and stores them.
-template <typename T>
+template <typename T, typename Find>
 __device__ void finish(Vec<T>& x, T* query, const Pool<T>& pool, const Tables<T>& tables,
-                       const Heads& heads, const Place& place, int64_t token, int64_t location) {
+                       const Heads& heads, const Place& place, Find&& find_angles, int64_t token,
+                       int64_t location) {
   T* target = place.part == 0 ? query + (token * heads.num + place.head) * heads.dim
                               : (place.part == 1 ? pool.keys : pool.values) +
                                     (location * heads.num_kv + place.head) * heads.dim;
   if (place.part < 2) {
     const T* weight = place.part == 0 ? tables.q_norm : tables.k_norm;
     if (weight != nullptr) norm_head(x, weight, heads, place, tables.eps);
-    rotate(x, tables, heads, place, token);
+    rotate(x, find_angles, heads, place);
   }
   if (place.valid) x.store(target + place.at);
 }
@@ -109,23 +122,27 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int first = (start + place.first_head) * heads.dim;
   const int width = (heads.num + 2 * heads.num_kv) * heads.dim;
   Part<T> part{};
-  RankRows<T> rows;
+  uint4 (*staged)[32] = nullptr;
   if constexpr (kPending) {
+    __shared__ uint4 rows[kWarps][kRankRows][32];
+    staged = rows[threadIdx.x / 32];
     part = part_at<T>(pending.site, row_of(pending.site, pending.row_slots[token]), first);
-    rows.load(part, 0, offset, place.valid);
+    StagedRankRows<T>{staged}.load(part, 0, offset, place.valid);
   }
   wait_for_inputs();
   if (place.first_head >= num) return;  // the whole warp
   Vec<T> x = place.valid ? Vec<T>::load(qkv + token * width + first + offset) : Vec<T>{};
+  const Angles angles = angles_of(tables, heads, place, token);
   if constexpr (kPending) {
     if (part.rank != 0) {
       float acc[kWide] = {};
+      StagedRankRows<T> rows{staged};
       expand_warp(acc, rows, pending, part, token, offset, place.valid);
       x = x.plus(acc);
       x.round();
     }
   }
-  finish(x, query, pool, tables, heads, place, token, location);
+  finish(x, query, pool, tables, heads, place, [&] { return angles; }, token, location);
 }
 
 // The same for a product whose update comes in tiles: heads of 8 to 256 elements, a power of two.
@@ -167,7 +184,10 @@ __global__ void __launch_bounds__(kTileThreads, 6)
                             t + token < tokens.count && c < columns};
           Vec<T> x{};
           if (place.valid) x = Vec<T>::load(ring.row(t, 0, token) + c);
-          finish(x, query, pool, tables, heads, place, tokens.first + present, locations[present]);
+          const int at_token = tokens.first + present;
+          finish(x, query, pool, tables, heads, place,
+                 [&] { return angles_of(tables, heads, place, at_token); }, at_token,
+                 locations[present]);
         }
       });
 }

@@ -83,15 +83,25 @@ __device__ void sum_h(T* h, const Pending& pending, const int (*ranks)[kGroup],
                       const int (*starts)[kGroup], int first_token, int max_rank) {
   const int64_t split_stride = static_cast<int64_t>(pending.num_tokens) * pending.capacity;
   // A warp has 8 tokens' sums of 4 ranks: 2 values a lane at once.
+  constexpr int kAtOnce = 6;  // splits
   const int warp = threadIdx.x / 32, place = threadIdx.x % 32 / 4;
   const float* token = pending.partial +
                        static_cast<int64_t>(first_token + place) * pending.capacity;
   for (int r = 4 * warp + threadIdx.x % 4; r < max_rank; r += 4 * kWarps) {
-    float sums[2];
+    float sums[2] = {};
+    for (int s = 0; s < pending.splits; s += kAtOnce) {
+      float found[2][kAtOnce];
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      const int splits = r < ranks[part][place] ? pending.splits : 0;
-      sums[part] = sum_splits<8, 1>(token + starts[part][place] + r, split_stride, 0, splits);
+      for (int part = 0; part < 2; ++part)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+          found[part][i] = s + i < pending.splits && r < ranks[part][place]
+                               ? token[(s + i) * split_stride + starts[part][place] + r]
+                               : 0.f;
+#pragma unroll
+      for (int part = 0; part < 2; ++part)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) sums[part] += found[part][i];
     }
     h[place * 2 * max_rank + r] = Pair<T>::round(sums[0]);
     h[(place * 2 + 1) * max_rank + r] = Pair<T>::round(sums[1]);

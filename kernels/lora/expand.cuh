@@ -45,16 +45,16 @@ __device__ inline uint4 load_shared_rows(const void* address) {
   return __ldg(static_cast<const uint4*>(address));
 }
 
-// The sum of every kStep-th split from `first` on, kAtOnce of them on their way at a time: there are
-// few, and a loop over them would wait for each.
-template <int kAtOnce, int kStep>
-__device__ float sum_splits(const float* at, int64_t stride, int first, int splits) {
+// The sum of every other split from `first` on, kAtOnce of them on their way at a time: there are few,
+// and a loop over them would wait for each.
+__device__ inline float sum_splits(const float* at, int64_t stride, int first, int splits) {
+  constexpr int kAtOnce = 7;
   float sum = 0.f;
-  for (int s = first; s < splits; s += kAtOnce * kStep) {
+  for (int s = first; s < splits; s += 2 * kAtOnce) {
     float found[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int split = s + i * kStep;
+      const int split = s + 2 * i;
       found[i] = split < splits ? at[split * stride] : 0.f;
     }
 #pragma unroll
@@ -63,27 +63,47 @@ __device__ float sum_splits(const float* at, int64_t stride, int first, int spli
   return sum;
 }
 
+constexpr int kRankRows = 16;
+
 // 16 ranks of B, 8 outputs for each lane. Needs nothing that a kernel of this step writes.
 template <typename T>
 struct RankRows {
-  static constexpr int kRanks = 16;
-  uint4 rows[kRanks];
+  uint4 rows[kRankRows];
 
   __device__ void load(const Part<T>& part, int r0, int offset, bool inside) {
 #pragma unroll
-    for (int i = 0; i < kRanks; ++i)
+    for (int i = 0; i < kRankRows; ++i)
       rows[i] = inside && r0 + i < part.rank
                     ? load_shared_rows(part.b + static_cast<int64_t>(r0 + i) * part.width + offset)
                     : make_uint4(0, 0, 0, 0);
   }
+  __device__ void arrive() const {}
+  __device__ const uint4& row(int i) const { return rows[i]; }
+};
+
+// The same in shared memory, for blocks that find room for their registers beside a product.
+template <typename T>
+struct StagedRankRows {
+  uint4 (*rows)[32];  // kRankRows, of this warp
+
+  __device__ void load(const Part<T>& part, int r0, int offset, bool inside) {
+#pragma unroll
+    for (int i = 0; i < kRankRows; ++i)
+      copy_async(shared_address(&rows[i][threadIdx.x % 32]),
+                 part.b + static_cast<int64_t>(r0 + i) * part.width + offset,
+                 inside && r0 + i < part.rank);
+  }
+  // A lane reads what it copied itself.
+  __device__ void arrive() const { asm volatile("cp.async.wait_all;" ::: "memory"); }
+  __device__ const uint4& row(int i) const { return rows[i][threadIdx.x % 32]; }
 };
 
 // One warp: acc += h[token] @ B over the 8 outputs from this lane's `offset` in the part, 16 ranks at
 // a time, `rows` being the first. Of two lanes with one rank each sums every other split.
-template <typename T>
-__device__ void expand_warp(float (&acc)[kWide], RankRows<T>& rows, const Pending& pending,
+template <typename T, typename Rows>
+__device__ void expand_warp(float (&acc)[kWide], Rows& rows, const Pending& pending,
                             const Part<T>& part, int token, int offset, bool inside) {
-  constexpr int kRanks = RankRows<T>::kRanks;
+  constexpr int kRanks = kRankRows;
   const int lane = threadIdx.x % 32;
   const int64_t split_stride = static_cast<int64_t>(pending.num_tokens) * pending.capacity;
 #pragma unroll 1
@@ -94,13 +114,14 @@ __device__ void expand_warp(float (&acc)[kWide], RankRows<T>& rows, const Pendin
     if (rank < part.rank) {
       const float* at = pending.partial + static_cast<int64_t>(token) * pending.capacity +
                         part.h_start + rank;
-      h = sum_splits<3, 2>(at, split_stride, lane / kRanks, pending.splits);
+      h = sum_splits(at, split_stride, lane / kRanks, pending.splits);
     }
     h = rounded<T>(h + __shfl_xor_sync(kFullWarp, h, kRanks));
+    rows.arrive();
 #pragma unroll
     for (int i = 0; i < kRanks; ++i) {
       const float scale = __shfl_sync(kFullWarp, h, i);
-      const Vec<T> b = Vec<T>::unpack(rows.rows[i]);
+      const Vec<T> b = Vec<T>::unpack(rows.row(i));
 #pragma unroll
       for (int j = 0; j < kWide; ++j) acc[j] += scale * b.x[j];
     }
