@@ -155,9 +155,11 @@ class ColumnSite(Site):
 
     def activated(self, rows: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up, of a site of these two: [num_tokens, out_local / 2]."""
-        if self._lora is None or self._lora.batch.is_empty:
+        if self._lora is None or self._adapters is None:
             return silu_product(rows, self.weight, self.bias)
-        return silu_mul(*self.product(rows))
+        if self._lora.parts:  # they may scale and shift gate and up
+            return silu_mul(*self.product(rows))
+        return silu_product(rows, self.weight, self.bias, (self._adapters, self._lora.batch))
 
     def part(self, x: torch.Tensor, index: int) -> torch.Tensor:
         """The output of member `index`; the first member computes all of them.

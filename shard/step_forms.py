@@ -13,6 +13,13 @@ from lorafleet.kernels.lora.op import MAX_DECODE_TOKENS, LoraBatch
 from lorafleet.shard.attention import AttentionKind, PagedBatch
 from lorafleet.shard.flash_attention import CapturedFlash
 from lorafleet.shard.kv_pool import KvPool
+from lorafleet.shard.lora_class import (
+    LoraClass,
+    decode_class,
+    decode_classes,
+    prompt_classes,
+    rank_class,
+)
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.step_inputs import StepInputs
 from lorafleet.shard.token_step import Prompts, TokenStep
@@ -39,8 +46,14 @@ class StepForm(Protocol):
     def paged(self, inputs: StepInputs) -> PagedBatch:
         """The attention of the captured step."""
 
-    def lora(self, inputs: StepInputs, max_rank: int) -> LoraBatch:
-        """The LoRA of the captured step, for ranks up to `max_rank`."""
+    def lora_classes(self, size: int) -> list[LoraClass]:
+        """All that steps of a size can be of, of usual ranks."""
+
+    def lora_class(self, step: TokenStep, size: int) -> LoraClass:
+        """A step's, padded to `size` tokens."""
+
+    def lora(self, inputs: StepInputs, lora: LoraClass) -> LoraBatch:
+        """The LoRA of the captured step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +102,17 @@ class DecodeForm:
         """Attention row by row."""
         return _DecodeBatch(self._kv, inputs, self._rows.page_table, self._arrived)
 
-    def lora(self, inputs: StepInputs, max_rank: int) -> LoraBatch:
+    def lora_classes(self, size: int) -> list[LoraClass]:
+        """Few slots, where there can be few, and any."""
+        return decode_classes(size)
+
+    def lora_class(self, step: TokenStep, size: int) -> LoraClass:
+        """By its slots."""
+        return decode_class(step.slots.tolist(), size, step.max_rank)
+
+    def lora(self, inputs: StepInputs, lora: LoraClass) -> LoraBatch:
         """One token a row."""
-        return LoraBatch.captured(inputs.columns.slots, max_rank)
+        return LoraBatch.captured(inputs.columns.slots, lora.max_rank, is_few=lora.is_few)
 
 
 class PromptForm:
@@ -125,9 +146,17 @@ class PromptForm:
         """Attention as planned."""
         return self._flash.batch(inputs.columns.locations)
 
-    def lora(self, inputs: StepInputs, max_rank: int) -> LoraBatch:
+    def lora_classes(self, size: int) -> list[LoraClass]:
+        """Any slots."""
+        return prompt_classes()
+
+    def lora_class(self, step: TokenStep, size: int) -> LoraClass:
+        """By its ranks alone."""
+        return LoraClass(rank_class(step.max_rank))
+
+    def lora(self, inputs: StepInputs, lora: LoraClass) -> LoraBatch:
         """Tiles of one slot's tokens."""
-        return LoraBatch.captured(inputs.columns.slots, max_rank, inputs.columns.tiles)
+        return LoraBatch.captured(inputs.columns.slots, lora.max_rank, inputs.columns.tiles)
 
 
 def token_counts(largest: int) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from lorafleet.kernels.greedy.op import greedy as greedy_kernel
 from lorafleet.kernels.lora.op import MAX_DECODE_TOKENS, LoraBatch
 from lorafleet.shard.flash_attention import CapturedFlash, FlashAttention
 from lorafleet.shard.kv_pool import KvPool
+from lorafleet.shard.lora_class import NO_LORA, LoraClass
 from lorafleet.shard.model import Decoder
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.sampling import Draw, greedy
@@ -28,9 +29,6 @@ from lorafleet.shard.token_step import TokenStep
 
 log = logging.getLogger(__name__)
 
-# Largest rank of an adapter in the step: the grids of the LoRA kernels are captured for it.
-RANK_CLASSES = (16, 64, 512)
-_NO_LORA = 0
 _MAX_FLASH_ROWS = 64  # of a step with prompts: each costs a tile, and a graph launches all it has
 
 
@@ -48,7 +46,7 @@ class _Key:
 
     form: StepForm
     size: int
-    rank: int
+    lora: LoraClass
 
 
 class StepGraphs:
@@ -81,6 +79,7 @@ class StepGraphs:
             self._prompts = PromptForm(rows, captured, max_tokens)
         self._inputs: dict[tuple[StepForm, int], StepInputs] = {}
         self._captured: dict[_Key, _Captured] = {}
+        self._last: _Key | None = None
         self._filled = torch.cuda.Event()
         rows.page_table[rows.max_rows] = pool.scratch_page
 
@@ -101,10 +100,10 @@ class StepGraphs:
         if self._prompts is not None:
             forms.insert(0, self._prompts)
         keys = [
-            _Key(form, size, rank)
+            _Key(form, size, lora)
             for form in forms
             for size in reversed(form.sizes)
-            for rank in (_NO_LORA, *RANK_CLASSES[:2])
+            for lora in form.lora_classes(size)
         ]
         started = time.perf_counter()
         for key in keys:
@@ -123,8 +122,7 @@ class StepGraphs:
 
         Both are valid until the next call; the greedy tokens are already in the row table.
         """
-        form = self._form(step)
-        key = self._key(form, len(step.rows), step.max_rank)
+        self._last = key = self._key(step)
         captured = self._graph(key)
         self._prepare(key, step)
         captured.graph.replay()
@@ -132,19 +130,16 @@ class StepGraphs:
         draw = Draw(captured.draw.tokens[:count], captured.draw.logprobs[:count])
         return captured.logits[:count], draw
 
-    def replay(self, num_rows: int, max_rank: int) -> None:
-        """Queues the graph of such a decode step over its last inputs, to be timed."""
-        self._graph(self._key(self._decodes, num_rows, max_rank)).graph.replay()
+    def replay(self) -> None:
+        """Queues the last step's graph again over its inputs, to be timed."""
+        assert self._last is not None
+        self._graph(self._last).graph.replay()
 
-    def _form(self, step: TokenStep) -> StepForm:
-        if step.prompts is None:
-            return self._decodes
-        assert self._prompts is not None
-        return self._prompts
-
-    def _key(self, form: StepForm, num_tokens: int, max_rank: int) -> _Key:
-        size = form.sizes[bisect_left(form.sizes, num_tokens)]
-        return _Key(form, size, rank_class(max_rank))
+    def _key(self, step: TokenStep) -> _Key:
+        form: StepForm | None = self._decodes if step.prompts is None else self._prompts
+        assert form is not None
+        size = form.sizes[bisect_left(form.sizes, len(step.rows))]
+        return _Key(form, size, form.lora_class(step, size))
 
     def _prepare(self, key: _Key, step: TokenStep) -> None:
         self._filled.synchronize()  # the last step's copy has left the staging memory
@@ -166,10 +161,10 @@ class StepGraphs:
         if at not in self._inputs:
             self._inputs[at] = key.form.inputs(key.size)
         inputs = self._inputs[at]
-        self._prepare(key, key.form.padding(key.size, key.rank))
+        self._prepare(key, key.form.padding(key.size, key.lora.max_rank))
         lora = LoraBatch.none(device)
-        if key.rank:
-            lora = key.form.lora(inputs, key.rank)
+        if key.lora != NO_LORA:
+            lora = key.form.lora(inputs, key.lora)
         self._compute(key.form, inputs, lora)  # what is made on first use is made outside
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
@@ -194,10 +189,3 @@ class StepGraphs:
         draw = greedy(self._decoder.finish_logits(logits))
         tokens.index_copy_(0, columns.target, draw.tokens.clamp(min=0))
         return logits, draw
-
-
-def rank_class(max_rank: int) -> int:
-    """The smallest class that holds a rank."""
-    if not max_rank:
-        return _NO_LORA
-    return next(rank for rank in RANK_CLASSES if max_rank <= rank)

@@ -4,7 +4,7 @@ Semantics, rounding to the serving dtype where transformers' modules do:
     rms_norm(x)                 x / sqrt(mean(x^2) + eps) in float32, rounded, times weight
     add_rms_norm_(x, residual)  residual += x, then rms_norm(residual)
     silu_mul(gate_up)           silu(gate), rounded, times up
-    silu_product(x)             silu_mul(x @ weight^T + bias)
+    silu_product(x)             silu_mul of x @ weight^T + bias, adapters' updates included
     rotary_and_store_(qkv)      q and k, normed per head if weights are given, become
                                 x * cos + rotate_half(x) * sin; k and v go to the paged pool
 
@@ -12,7 +12,7 @@ Arguments:
     x, residual  [num_tokens, hidden], serving dtype; residual is written in place.
     weight       [hidden], serving dtype.
     gate_up      [num_tokens, 2 * intermediate]: gate, then up.
-    weight, bias of silu_product: as linear takes them, the outputs those of gate_up.
+    weight, bias, adapters of silu_product: as lora_product takes them; the outputs are gate_up.
     qkv          [num_tokens, (heads + 2 * kv_heads) * head_dim]: all q, all k, all v.
     cos, sin     [num_tokens, rotary_dim]; dimensions from rotary_dim on are left as they are.
     keys, values [num_pages, page_size, kv_heads, head_dim], written at `locations`.
@@ -28,7 +28,9 @@ import torch
 from lorafleet.kernels.fused import cuda, reference
 from lorafleet.kernels.linear import cuda as stream
 from lorafleet.kernels.linear.op import linear
-from lorafleet.kernels.lora.op import Pending
+from lorafleet.kernels.lora.cuda import updated_silu
+from lorafleet.kernels.lora.op import LoraBatch, Pending, lora_product
+from lorafleet.kernels.lora.weights import SiteWeights
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -64,12 +66,21 @@ def silu_mul(gate_up: torch.Tensor, pending: Pending | None = None) -> torch.Ten
 
 
 def silu_product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    adapters: tuple[SiteWeights, LoraBatch] | None = None,
 ) -> torch.Tensor:
     """See the module's docstring; [num_tokens, intermediate]."""
-    if stream.supports_gated(x, weight):
-        return stream.linear(x, weight, bias, is_gated=True)
-    return silu_mul(linear(x, weight, bias))
+    is_gated = stream.supports_gated(x, weight)
+    if adapters is None or adapters[1].is_empty:
+        if is_gated:
+            return stream.linear(x, weight, bias, is_gated=True)
+        return silu_mul(linear(x, weight, bias))
+    site, batch = adapters
+    if is_gated and batch.is_few and site.has_kernels:
+        return updated_silu(x, weight, bias, site, batch.row_slots, batch.max_rank)
+    return silu_mul(*lora_product(x, weight, bias, site, batch))
 
 
 def rotary_and_store_(

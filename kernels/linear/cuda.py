@@ -17,7 +17,7 @@ from lorafleet.kernels.device import shared_bytes
 
 MAX_ROWS = 64
 _TILE_ROWS = 128  # of the weight, as stream.cu cuts it
-_MAX_OUTS = 1 << 20
+_MAX_OUTS, _MAX_WIDE = 1 << 20, 1 << 16  # so that the kernel can count in 32 bits
 _BLOCK_BYTES = 120 << 10  # of shared memory
 
 
@@ -29,6 +29,7 @@ def supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and 1 <= len(x) <= MAX_ROWS
         and x.dtype in (torch.float16, torch.bfloat16)
         and wide % 8 == 0
+        and wide <= _MAX_WIDE
         and outs % 8 == 0
         and outs <= _MAX_OUTS
         and is_hopper(x.device)
@@ -56,7 +57,8 @@ def linear(
     """x [rows, in] @ weight [out, in]^T + bias, for what `supports`; launches must not overlap.
 
     `shrink`: what some warps compute of the same x, as lora.cuda describes it to the kernel.
-    `is_gated`: silu of the first half of the outputs times the second, for what `supports_gated`.
+    `is_gated`: silu of the first half of the outputs times the second, for what `supports_gated`;
+    with `shrink`, after the whole update has been added to both.
     """
     outs, wide = weight.shape
     assert x.is_contiguous()
@@ -69,7 +71,7 @@ def linear(
     given = _Arguments(
         y.data_ptr(), x.data_ptr(), weight.data_ptr(),
         None if bias is None else bias.data_ptr(), len(x), outs, wide, is_gated,
-        partial.data_ptr(), _arrived(x.device).data_ptr(),
+        partial.data_ptr(), _counters(x.device).data_ptr(),
         None if shrink is None else cast(pointer(shrink), c_void_p),
     )  # fmt: skip
     is_half = int(x.dtype == torch.float16)
@@ -90,7 +92,7 @@ class _Arguments(Structure):
         ("wide", c_int),
         ("is_gated", c_int),
         ("partial", c_void_p),
-        ("arrived", c_void_p),
+        ("counters", c_void_p),
         ("shrink", c_void_p),
     )
 
@@ -101,9 +103,9 @@ def _device(device: torch.device) -> torch._C._CudaDeviceProperties:
 
 
 @cache
-def _arrived(device: torch.device) -> torch.Tensor:
-    """The tiles' counters, zero between launches."""
-    return torch.zeros(_MAX_OUTS // _TILE_ROWS, dtype=torch.int32, device=device)
+def _counters(device: torch.device) -> torch.Tensor:
+    """An update's two and the tiles', zero between launches."""
+    return torch.zeros(2 + _MAX_OUTS // _TILE_ROWS, dtype=torch.int32, device=device)
 
 
 @cache

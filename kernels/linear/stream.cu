@@ -9,11 +9,12 @@
 //
 // A tile's rows are eights from the first half of W and from the second in turn, so that a thread
 // that holds an output of the gate also holds the same of up, and may give silu(gate) * up instead.
+// Then the LoRA update is added first, see update.cuh.
 //
 // Tiles that several blocks share meet through float32 partials; the block that comes last adds
 // them, in the order of the blocks.
-#include "../lora/shrink.cuh"
 #include "copy_engine.cuh"
+#include "update.cuh"
 #include "warp_group.cuh"
 
 #include <algorithm>
@@ -27,7 +28,7 @@ struct Arguments {
   const void *x, *w, *bias;
   int rows, outs, wide, is_gated;
   float* partial;
-  int* arrived;
+  int* counters;         // two of an update, then the tiles'
   const Shrink* shrink;  // or null
 };
 
@@ -36,8 +37,6 @@ namespace {
 constexpr int kTileRows = 128;
 constexpr int kUnitColumns = 64;
 constexpr int kWarps = kTileRows / 16;  // that multiply: a warp takes 16 rows of W; one more copies
-
-constexpr int kShrinkWarps = 4;
 
 template <int kTokens>
 struct Plan {
@@ -49,6 +48,7 @@ struct Plan {
   static constexpr int kOutStride = 16 + 8;  // elements: 16 outputs of a token, and no conflicts
   static constexpr int kOutBytes = kWarps * 16 * kOutStride * 2;
   static constexpr int kStages = (kBlockBytes - 1024 - kOutBytes) / kStageBytes;
+  static constexpr int kLeftBytes = kBlockBytes - 1024 - kOutBytes - kStages * kStageBytes;
   static constexpr int kHeld = kTokens / 2;  // float32 sums of a thread
 };
 
@@ -74,15 +74,27 @@ struct Run {
 };
 
 __device__ Run run_of(int block, const Cut& cut) {
-  const int64_t units = static_cast<int64_t>(cut.tiles) * cut.chunks;
+  const uint32_t units = cut.tiles * cut.chunks;
   return {static_cast<int>(units * block / cut.blocks),
           static_cast<int>(units * (block + 1) / cut.blocks)};
 }
 
 __device__ int block_of(int unit, const Cut& cut) {
-  const int64_t units = static_cast<int64_t>(cut.tiles) * cut.chunks;
-  return static_cast<int>(((unit + int64_t{1}) * cut.blocks - 1) / units);
+  const uint32_t units = cut.tiles * cut.chunks;
+  return static_cast<int>(((unit + 1u) * cut.blocks - 1) / units);
 }
+
+// The blocks [first, last] whose runs have units of a tile, this one's among them.
+struct Owners {
+  int first = blockIdx.x, last = blockIdx.x;
+
+  __device__ Owners(const Cut& cut, const Run& run, int tile) {
+    const int begin = tile * cut.chunks, end = begin + cut.chunks;
+    if (run.begin > begin) first = block_of(begin, cut);
+    if (run.end < end) last = block_of(end - 1, cut);
+  }
+  __device__ int count() const { return last - first + 1; }
+};
 
 template <int kTokens>
 struct Stages {
@@ -160,37 +172,34 @@ __device__ void multiply_unit(float (&sums)[Plan<kTokens>::kHeld], const unsigne
 // Replaces `sums`, this block's part of a tile, by the whole tile's, in the block that comes last.
 template <int kTokens>
 __device__ bool gather(float (&sums)[Plan<kTokens>::kHeld], const Problem& problem, int tile,
-                       const Run& run) {
+                       const Owners& owners) {
   constexpr int kThreads = 32 * kWarps, kPieces = Plan<kTokens>::kHeld / 4;
-  constexpr int kAtOnce = 16 / kPieces;  // parts on their way
+  constexpr int kAtOnce = 12 / kPieces;  // parts on their way: for more, registers are few
   __shared__ bool is_last;
-  // A block's part is its first if the run began inside of the tile, else its second.
-  const auto part_of = [&](int owner, bool began_inside) {
-    const int64_t index = 2 * owner + (began_inside ? 0 : 1);
+  // A block's part is its first if the run began inside of the tile, which all but one did.
+  const auto part_of = [&](int owner) {
+    const int64_t index = 2 * owner + (owner > owners.first ? 0 : 1);
     return reinterpret_cast<float4*>(problem.partial) + index * kThreads * kPieces + threadIdx.x;
   };
-  const Cut& cut = problem.cut;
-  const int first = tile * cut.chunks;
-  float4* mine = part_of(blockIdx.x, run.begin > first);
+  float4* mine = part_of(blockIdx.x);
 #pragma unroll
   for (int i = 0; i < kPieces; ++i)
     mine[i * kThreads] =
         make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
-  const int from = block_of(first, cut), to = block_of(first + cut.chunks - 1, cut);
-  __threadfence();
   meet<kWarps>();
   if (threadIdx.x == 0) {
-    is_last = atomicAdd(problem.arrived + tile, 1) == to - from;
+    __threadfence();  // for what the others have written as well
+    is_last = atomicAdd(problem.arrived + tile, 1) == owners.count() - 1;
     if (is_last) problem.arrived[tile] = 0;  // as the next launch expects it
+    __threadfence();
   }
   meet<kWarps>();
   if (!is_last) return false;
-  __threadfence();
 #pragma unroll
   for (float& sum : sums) sum = 0.f;
 #pragma unroll kAtOnce
-  for (int owner = from; owner <= to; ++owner) {
-    const float4* part = part_of(owner, run_of(owner, cut).begin > first);
+  for (int owner = owners.first; owner <= owners.last; ++owner) {
+    const float4* part = part_of(owner);
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
       const float4 added = __ldcg(part + i * kThreads);
@@ -248,16 +257,16 @@ __device__ void store_rows(T* y, const T* bias, T* out, const float (&sums)[Plan
 #endif
 
 // grid: at most one block a multiprocessor. Blocks have kShrinkWarps more warps where the launch
-// carries a shrink.
-template <typename T, int kTokens>
+// carries a shrink; kUpdates: the whole update, of a product that is gated.
+template <typename T, int kTokens, bool kUpdates>
 __global__ void __launch_bounds__(32 * (kWarps + 1 + kShrinkWarps), 1)
     stream_kernel(const __grid_constant__ CUtensorMap w_map,
                   const __grid_constant__ CUtensorMap x_map, T* y, const T* bias, Problem problem,
-                  const T* x, Shrink shrink) {
+                  const T* x, const __grid_constant__ Update update) {
 #if __CUDA_ARCH__ >= 900
   using P = Plan<kTokens>;
   extern __shared__ unsigned char unaligned[];
-  __shared__ __align__(8) uint64_t full[P::kStages], empty[P::kStages];
+  __shared__ __align__(8) uint64_t full[P::kStages], empty[P::kStages], shrunk;
   unsigned char* bytes = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
   const Stages<kTokens> stages{bytes, full, empty};
   const int warp = threadIdx.x / 32, chunks = problem.cut.chunks;
@@ -267,37 +276,64 @@ __global__ void __launch_bounds__(32 * (kWarps + 1 + kShrinkWarps), 1)
       init_barrier(&full[i], 1);
       init_barrier(&empty[i], kWarps);
     }
+    init_barrier(&shrunk, 1);
     publish_barriers();
   }
   __syncthreads();
   const Run run = run_of(blockIdx.x, problem.cut);
+  T* outs = reinterpret_cast<T*>(bytes + P::kStages * P::kStageBytes);
+  auto& pieces = *reinterpret_cast<Pieces<T>*>(outs + P::kOutBytes / sizeof(T));
+  T* h = reinterpret_cast<T*>(&pieces + 1);
   if (warp > kWarps) {
-    shrink_items<T, kShrinkWarps>(shrink, x, threadIdx.x - 32 * (kWarps + 1), blockIdx.x,
-                                  gridDim.x);
+    const int thread = threadIdx.x - 32 * (kWarps + 1);
+    shrink_items<T, kShrinkWarps>(update.shrink, x, thread);
+    if constexpr (kUpdates) {
+      meet_blocks(update.met, thread);
+      sum_h(h, update, thread);
+      meet<kShrinkWarps, 2>();
+      if (thread == 0) arrive(&shrunk);
+    }
     return;
   }
   if (warp == kWarps) {
     if (threadIdx.x % 32 == 0) copy_units<kTokens>(stages, &w_map, &x_map, run, problem);
     return;
   }
+  if constexpr (kUpdates) {
+    if (warp == 0) list_pieces(pieces, update);
+    meet<kWarps>();
+  }
   wait_for_inputs();
-  T* out = reinterpret_cast<T*>(bytes + P::kStages * P::kStageBytes) + warp * 16 * P::kOutStride;
+  T* out = outs + warp * 16 * P::kOutStride;
   int done = 0;  // units
   for (int unit = run.begin; unit < run.end;) {
-    const int tile = unit / chunks, first = tile * chunks;
-    const int stop = min(run.end, first + chunks);
-    const bool is_shared = unit > first || stop < first + chunks;
+    const int tile = unit / chunks, row = tile * kTileRows + 16 * warp;
+    const int stop = min(run.end, (tile + 1) * chunks);
+    const Owners owners(problem.cut, run, tile);
     float sums[P::kHeld] = {};
-    for (; unit < stop; ++unit, ++done) {
+    const auto multiply_next = [&] {
       const int stage = done % P::kStages;
       wait(&full[stage], done / P::kStages % 2);
       multiply_unit<T, kTokens>(sums, stages.weights(stage) + warp / 4 * 64 * 128,
                                 stages.inputs(stage));
       __syncwarp();
       if (threadIdx.x % 32 == 0) arrive(&empty[stage]);
+      ++unit, ++done;
+    };
+    if constexpr (kUpdates) {
+      // Of those who share a tile the first adds the update: it comes last in its run, so that h is
+      // there. When it is added depends on nothing but the cut: the sums are the same each time.
+      TileUpdate<T, kTokens> added(update, pieces, h, out, &shrunk, row / 2, row < problem.outs,
+                                   blockIdx.x == owners.first);
+      while (unit < stop || added.left() > 0) {
+        if (unit < stop) multiply_next();
+        if (stop - unit < added.left()) added.advance(sums);
+      }
+    } else {
+      while (unit < stop) multiply_next();
     }
-    if (is_shared && !gather<kTokens>(sums, problem, tile, run)) continue;
-    store_rows<T, kTokens>(y, bias, out, sums, problem, tile * kTileRows + 16 * warp);
+    if (owners.count() > 1 && !gather<kTokens>(sums, problem, tile, owners)) continue;
+    store_rows<T, kTokens>(y, bias, out, sums, problem, row);
   }
 #endif
 }
@@ -315,13 +351,13 @@ Cut cut_of(int outs, int wide) {
   return {tiles, chunks, units % longest == 0 ? units / longest : most};
 }
 
-template <typename T, int kTokens>
+template <typename T, int kTokens, bool kUpdates>
 int launch_stream(const Arguments& given, cudaStream_t stream) {
   using P = Plan<kTokens>;
   constexpr bool kIsHalf = std::is_same_v<T, __half>;
   static const cudaError_t allowed =
-      cudaFuncSetAttribute(stream_kernel<T, kTokens>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           P::kBlockBytes);
+      cudaFuncSetAttribute(stream_kernel<T, kTokens, kUpdates>,
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, P::kBlockBytes);
   if (allowed != cudaSuccess) return allowed;
   const int parts = given.outs % 16 == 0 ? 2 : 1;
   if (given.is_gated && parts == 1) return cudaErrorInvalidValue;
@@ -332,19 +368,30 @@ int launch_stream(const Arguments& given, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   const Cut cut = cut_of(given.outs, given.wide);
   const Problem problem{given.rows, given.outs,    parts,        given.is_gated != 0,
-                        cut,        given.partial, given.arrived};
+                        cut,        given.partial, given.counters + 2};
+  Update update{};
+  if (given.shrink != nullptr) update = update_of(*given.shrink, given.counters);
+  const int h_bytes = given.rows * update.stride() * static_cast<int>(sizeof(T));
+  if (kUpdates && static_cast<int>(sizeof(Pieces<T>)) + h_bytes > P::kLeftBytes)
+    return cudaErrorInvalidValue;
   const int warps = kWarps + 1 + (given.shrink != nullptr ? kShrinkWarps : 0);
-  return launch(stream_kernel<T, kTokens>, dim3(cut.blocks), 32 * warps, P::kBlockBytes, stream,
-                w_map, x_map, static_cast<T*>(given.y), static_cast<const T*>(given.bias), problem,
-                static_cast<const T*>(given.x), given.shrink != nullptr ? *given.shrink : Shrink{});
+  return launch(stream_kernel<T, kTokens, kUpdates>, dim3(cut.blocks), 32 * warps, P::kBlockBytes,
+                stream, w_map, x_map, static_cast<T*>(given.y), static_cast<const T*>(given.bias),
+                problem, static_cast<const T*>(given.x), update);
+}
+
+template <typename T, bool kUpdates>
+int launch_for(const Arguments& given, cudaStream_t stream) {
+  if (given.rows <= 16) return launch_stream<T, 16, kUpdates>(given, stream);
+  if (given.rows <= 32) return launch_stream<T, 32, kUpdates>(given, stream);
+  if (given.rows <= kMostTokens) return launch_stream<T, kMostTokens, kUpdates>(given, stream);
+  return cudaErrorInvalidValue;
 }
 
 template <typename T>
 int stream_linear(const Arguments& given, cudaStream_t stream) {
-  if (given.rows <= 16) return launch_stream<T, 16>(given, stream);
-  if (given.rows <= 32) return launch_stream<T, 32>(given, stream);
-  if (given.rows <= 64) return launch_stream<T, 64>(given, stream);
-  return cudaErrorInvalidValue;
+  const bool updates = given.is_gated && given.shrink != nullptr;
+  return updates ? launch_for<T, true>(given, stream) : launch_for<T, false>(given, stream);
 }
 
 }  // namespace

@@ -33,6 +33,10 @@ _PIECE = 8  # elements in 16 bytes
 _MIN_SPLIT = 512  # features of x that an item reads at least
 _WAVE_ITEMS = 264  # two for each multiprocessor of the largest device
 _WAVE_TILES = 396  # three, which are as many as it has room for
+GROUP = 8  # tokens side by side that share the reads of their weights
+# Tokens times their largest rank; beyond, a product's spare warps are too few for the bytes of A.
+_MAX_CARRIED = 1024
+_MAX_PIECES = 8  # of an update in its product's launch, see update.cuh: more are faster apart
 
 
 class Shrunk(NamedTuple):
@@ -69,6 +73,38 @@ def shrink_with_linear(
     """x @ weight^T + bias, and `shrink`, in one launch; for what `linear.cuda.supports`."""
     shrunk = _empty(x, site, max_rank)
     return stream.linear(x, weight, bias, _shrink_arguments(shrunk, site, row_slots)), shrunk
+
+
+def are_carried(num_tokens: int, max_rank: int) -> bool:
+    """Whether rows so many, of such ranks, are few enough for `shrink_with_linear`."""
+    return num_tokens * max_rank <= _MAX_CARRIED
+
+
+def updated_silu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    site: SiteWeights,
+    row_slots: torch.Tensor,
+    max_rank: int,
+) -> torch.Tensor:
+    """silu(gate) * up of x @ weight^T + bias and the update of both, in one launch.
+
+    For what `linear.cuda.supports_gated`, and rows that `are_few`. The outputs are gate, then up,
+    as one target or two. Products and updates are added before they are rounded.
+    """
+    shrunk = _empty(x, site, max_rank)  # held until the launch
+    return stream.linear(x, weight, bias, _shrink_arguments(shrunk, site, row_slots), is_gated=True)
+
+
+def are_few(num_tokens: int, num_groups: int, max_rank: int) -> bool:
+    """Whether `updated_silu` is the faster way for rows of such ranks.
+
+    `num_groups`: every slot counts in each GROUP of tokens, from the first on, where it occurs.
+    """
+    ranks = -(-max_rank // _RANK_TILE)
+    pieces = num_groups * ranks
+    return pieces <= _MAX_PIECES and are_carried(num_tokens, ranks * _RANK_TILE)
 
 
 def expand_(y: torch.Tensor, shrunk: Shrunk, site: SiteWeights, row_slots: torch.Tensor) -> None:

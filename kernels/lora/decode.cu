@@ -14,7 +14,7 @@ constexpr int kShrinkWarps = 8;
 template <typename T>
 __global__ void __launch_bounds__(32 * kShrinkWarps) shrink_decode_kernel(const T* x, Shrink work) {
   let_next_begin();
-  shrink_items<T, kShrinkWarps>(work, x, threadIdx.x, blockIdx.x, gridDim.x);
+  shrink_items<T, kShrinkWarps>(work, x, threadIdx.x);
 }
 
 constexpr int kAhead = 4;  // rank rows of B that a warp has on their way before h is known

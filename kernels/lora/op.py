@@ -40,8 +40,6 @@ MAX_DECODE_TOKENS = 256
 _MAX_DECODE_SEGMENT = 16
 # Shorter steps take the host about as long to launch as the device to compute: no time for more.
 _MIN_TOKENS_BESIDE = 2048
-# Tokens times their largest rank; beyond, a product's spare warps are too few for the bytes of A.
-_MAX_CARRIED = 1024
 
 
 class PaddedRows(NamedTuple):
@@ -67,6 +65,7 @@ class LoraBatch:
     max_rank: int = 0
     is_captured: bool = False  # row_slots is read when the graph is replayed; no segments are known
     captured_tiles: torch.Tensor | None = None  # read then as well
+    is_few: bool = False  # captured for such alone, see cuda.are_few
 
     @classmethod
     def none(cls, device: torch.device) -> Self:
@@ -75,14 +74,18 @@ class LoraBatch:
 
     @classmethod
     def captured(
-        cls, row_slots: torch.Tensor, max_rank: int, tiles: torch.Tensor | None = None
+        cls,
+        row_slots: torch.Tensor,
+        max_rank: int,
+        tiles: torch.Tensor | None = None,
+        is_few: bool = False,
     ) -> Self:
-        """Tokens of any slots whose ranks are `max_rank` or less.
+        """Tokens of any slots whose ranks are `max_rank` or less, or if `is_few` of few slots.
 
         `tiles`: int32 [num_tiles, 3] on the device as `cuda.tiles_of` cuts them, empty ones last;
         without, the decode form of the kernels serves them.
         """
-        return cls(row_slots, (), max_rank, is_captured=True, captured_tiles=tiles)
+        return cls(row_slots, (), max_rank, True, tiles, is_few)
 
     @property
     def is_empty(self) -> bool:
@@ -176,7 +179,7 @@ def lora_product(
     if not batch.is_decode:
         y, tiled = _tiled_product(x, weight, bias, site, batch)
         return y, Pending(tiled, site, slots)
-    if len(x) * max_rank <= _MAX_CARRIED and stream.supports(x, weight):
+    if cuda.are_carried(len(x), max_rank) and stream.supports(x, weight):
         y, shrunk = cuda.shrink_with_linear(x, weight, bias, site, slots, max_rank)
     else:
         shrunk = cuda.shrink(x, site, slots, max_rank)

@@ -91,20 +91,19 @@ struct ShrinkItem {
   }
 };
 
-// kWarps warps, each with its `thread` counted from the first of them: every num_blocks-th item.
-// Waits for x.
+// kWarps warps, each with its `thread` counted from the first of them: every gridDim.x-th item. Waits
+// for x.
 template <typename T, int kWarps>
-__device__ void shrink_items(const Shrink& work, const T* x, int thread, int block,
-                             int num_blocks) {
+__device__ void shrink_items(const Shrink& work, const T* x, int thread) {
   __shared__ float sums[kWarps][kRankTile][kGroup];
   const int items = work.items();
-  for (int item = block; item < items; item += num_blocks) {
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const ShrinkItem<T, kWarps> mine(work, item, thread);
     if (!mine.is_empty()) mine.start(work);
   }
   wait_for_inputs();
   const int warp = thread / 32, group = thread % 32 / 4, quad = thread % 4;
-  for (int item = block; item < items; item += num_blocks) {
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const ShrinkItem<T, kWarps> mine(work, item, thread);
     if (mine.is_empty()) continue;
     float d[4] = {0.f, 0.f, 0.f, 0.f};

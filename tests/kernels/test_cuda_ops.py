@@ -17,6 +17,7 @@ from lorafleet.kernels.fused.op import silu_product
 from lorafleet.kernels.greedy.op import greedy
 from lorafleet.kernels.linear import cuda as stream
 from lorafleet.kernels.linear.op import linear
+from lorafleet.kernels.lora.cuda import are_few, updated_silu
 from lorafleet.kernels.lora.op import LoraBatch, Pending, lora_add_, lora_product
 from lorafleet.kernels.lora.weights import SiteWeights
 
@@ -204,6 +205,99 @@ def test_a_product_and_what_is_pending_make_the_whole(slots: list[int]) -> None:
     expected = linear(x, weight)
     lora_add_(expected, x, site.weights, batch)
     assert torch.equal(found, expected)
+
+
+FEW = {
+    "one row": (MIXED_RANKS[:5], [4]),
+    "no adapter": (MIXED_RANKS[:5], [0] * 7),
+    "one row of many ranks": ([(128, 3)], [1]),
+    "ranks of few more than 16": ([(17, 3), (3, 17)], [1, 0, 1, 0, 0, 0, 0, 2, 1, 1]),
+    "base between": ([(8, 8), (1, 0), (0, 16), (16, 3)], [0, 0, 1, 0, 2, 3, 3, 0, 4, 0]),
+    "unsorted": ([(8, 16), (11, 11), (5, 1)], [3, 1, 3, 2, 1, 1, 0, 3, 2, 1, 1, 0, 3, 2, 2, 1]),
+    "one shared": ([(16, 16)], [1] * 40),
+    "one of all": ([(16, 16)], [1] * 64),
+    "over the group's edge": ([(16, 9), (9, 16)], [0] * 5 + [1] * 14 + [2] * 30),
+    "one without weights here": ([(16, 16)], [2] * 9 + [1]),
+    "distinct": ([(16, 16), (12, 9)] * 4, list(range(1, 9))),
+    "the last of many": ([(16, 16)], [0] * 63 + [1]),
+}
+
+
+@pytest.mark.skipif(NO_HOPPER, reason="needs the copy engine of Hopper")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("ranks", "slots"), FEW.values(), ids=FEW)
+@pytest.mark.parametrize(("wide", "width"), [(64, 8), (72, 136), (4096, 14336), (2048, 1000)])
+@pytest.mark.parametrize("is_one_target", [False, True])
+def test_a_gated_product_of_few_slots_adds_its_update(
+    is_one_target: bool,
+    wide: int,
+    width: int,
+    ranks: list[tuple[int, ...]],
+    slots: list[int],
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(wide + len(slots))
+    outs = (2 * width,) if is_one_target else (width, width)
+    site = Site(wide, outs, [each[: len(outs)] for each in ranks], dtype, num_slots=10)
+    x = torch.randn(len(slots), wide, device="cuda").to(dtype)
+    weight = (torch.randn(2 * width, wide, device="cuda") / wide**0.5).to(dtype)
+    row_slots = torch.tensor(slots, dtype=torch.int32, device="cuda")
+    groups = {(token // 8, slot) for token, slot in enumerate(slots) if slot}
+    assert are_few(len(slots), len(groups), site.max_rank)
+    base = torch.tensor([slot == 0 for slot in slots], device="cuda")
+    for bias in (None, torch.randn(2 * width, device="cuda").to(dtype)):
+        poison()
+        work = (x, weight, bias, site.weights, row_slots, site.max_rank)
+        found = [updated_silu(*work) for _ in range(3)]
+        product = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        gate, up = (product + site.expected(x, slots)).chunk(2, dim=1)
+        expected = torch.nn.functional.silu(gate) * up
+        error = (found[0].double() - expected).norm(dim=1)
+        assert (error <= 2e-2 * expected.norm(dim=1)).all(), error / expected.norm(dim=1)
+        alone = stream.linear(x, weight, bias, is_gated=True)
+        assert torch.equal(found[0][base], alone[base])
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.skipif(NO_HOPPER, reason="needs the copy engine of Hopper")
+@pytest.mark.parametrize("rows", [1, 16, 32, 64])
+def test_updates_in_a_captured_line_serve_every_mix_of_few(rows: int) -> None:
+    """Each launch begins before the one in front has ended, whose shrink it has to wait for."""
+    hidden, wide, ranks = 1024, 4096, [(16, 16), (3, 8), (0, 16), (16, 0)]
+    up = Site(hidden, (wide, wide), ranks, torch.bfloat16)
+    down = Site(wide, (hidden,), [each[:1] for each in ranks], torch.bfloat16)
+    weights = torch.randn(2 * wide, hidden, device="cuda").bfloat16() / 32
+    backs = torch.randn(hidden, wide, device="cuda").bfloat16() / 64
+    norm = torch.ones(hidden, device="cuda").bfloat16()
+    start = torch.randn(rows, hidden, device="cuda").bfloat16()
+    row_slots = torch.zeros(rows, dtype=torch.int32, device="cuda")
+    batch = LoraBatch.captured(row_slots, 16, is_few=True)
+
+    def run(pause: Callable[[], None]) -> torch.Tensor:
+        residual, x = start.clone(), start
+        for _ in range(12):
+            gated = silu_product(x, weights, None, (up.weights, batch))
+            pause()
+            product, pending = lora_product(gated, backs, None, down.weights, batch)
+            pause()
+            x = fused_cuda.rms_norm(product, residual, norm, 1e-5, pending)
+            pause()
+        return x
+
+    run(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(lambda: None)
+    mixes = [[0] * rows, [1] * rows, [i // 8 % 5 for i in range(rows)]]
+    for slots in (*mixes, [4 - i // 8 % 3 for i in range(rows)]):
+        row_slots.copy_(torch.tensor(slots, dtype=torch.int32))
+        expected = run(torch.cuda.synchronize)
+        for _ in range(10):
+            captured.zero_()
+            graph.replay()
+            assert torch.equal(captured, expected)
+            assert torch.equal(run(lambda: None), expected)
 
 
 def test_a_shrink_beside_a_long_product_is_waited_for() -> None:

@@ -174,12 +174,11 @@ class Engine:
         gaps = [b - a for a, b in pairwise(times[8:])]
         return 1e3 * statistics.median(gaps)
 
-    def replay_ms(self, slots: Sequence[int], repeats: int = 20) -> float:
+    def replay_ms(self, repeats: int = 20) -> float:
         """Milliseconds of the last decode step's graph alone, back to back; NaN without graphs."""
-        graphs, rank = self.graphs, max(map(self.tier.rank, slots))
-        if graphs is None:
+        if self.graphs is None:
             return math.nan
-        return timing.elapsed_ms(lambda: graphs.replay(len(slots), rank), repeats)
+        return timing.elapsed_ms(self.graphs.replay, repeats)
 
     def launch(self, plan: StepPlan) -> Launched:
         """Queues a plan as the next step."""

@@ -54,7 +54,7 @@ def _measure(
     batch = len(slots)
     engine.prefill(slots, CONTEXT)
     step = engine.decode_ms(slots, CONTEXT, _STEPS)
-    replay = engine.replay_ms(slots)
+    replay = engine.replay_ms()
     floor = engine.shape.floor_ms(batch, CONTEXT + _STEPS // 2, adapters, rank, bandwidth)
     row = {
         "model": engine.shape.name, "what": what, "batch": batch, "step_ms": step,
