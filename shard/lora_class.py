@@ -47,6 +47,11 @@ def decode_classes(size: int) -> list[LoraClass]:
     return classes
 
 
-def prompt_classes() -> list[LoraClass]:
-    """Those in the form of prompts."""
+def any_class(max_rank: int) -> LoraClass:
+    """Of a step where it makes no difference whether slots are few."""
+    return LoraClass(rank_class(max_rank))
+
+
+def any_classes() -> list[LoraClass]:
+    """All such, of usual ranks."""
     return [NO_LORA, *map(LoraClass, _USUAL_RANKS)]

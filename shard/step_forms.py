@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from lorafleet.kernels.decode_attention.op import decode_attention
+from lorafleet.kernels.linear.cuda import is_hopper
 from lorafleet.kernels.lora.cuda import TILE_TOKENS
 from lorafleet.kernels.lora.op import MAX_DECODE_TOKENS, LoraBatch
 from lorafleet.shard.attention import AttentionKind, PagedBatch
@@ -15,10 +16,10 @@ from lorafleet.shard.flash_attention import CapturedFlash
 from lorafleet.shard.kv_pool import KvPool
 from lorafleet.shard.lora_class import (
     LoraClass,
+    any_class,
+    any_classes,
     decode_class,
     decode_classes,
-    prompt_classes,
-    rank_class,
 )
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.step_inputs import StepInputs
@@ -86,6 +87,7 @@ class DecodeForm:
         """`arrived`: as decode_attention takes it, for the largest size."""
         self._rows, self._kv, self._arrived = rows, pool, arrived
         self.sizes = token_counts(min(max_tokens, MAX_DECODE_TOKENS))
+        self._counts_slots = is_hopper(rows.device)  # few slots' updates have a kernel there
 
     def inputs(self, size: int) -> StepInputs:
         """New buffers."""
@@ -103,11 +105,13 @@ class DecodeForm:
         return _DecodeBatch(self._kv, inputs, self._rows.page_table, self._arrived)
 
     def lora_classes(self, size: int) -> list[LoraClass]:
-        """Few slots, where there can be few, and any."""
-        return decode_classes(size)
+        """Few slots, where that matters and there can be few, and any."""
+        return decode_classes(size) if self._counts_slots else any_classes()
 
     def lora_class(self, step: TokenStep, size: int) -> LoraClass:
-        """By its slots."""
+        """By its ranks, and slots."""
+        if not self._counts_slots:
+            return any_class(step.max_rank)
         return decode_class(step.slots.tolist(), size, step.max_rank)
 
     def lora(self, inputs: StepInputs, lora: LoraClass) -> LoraBatch:
@@ -148,11 +152,11 @@ class PromptForm:
 
     def lora_classes(self, size: int) -> list[LoraClass]:
         """Any slots."""
-        return prompt_classes()
+        return any_classes()
 
     def lora_class(self, step: TokenStep, size: int) -> LoraClass:
         """By its ranks alone."""
-        return LoraClass(rank_class(step.max_rank))
+        return any_class(step.max_rank)
 
     def lora(self, inputs: StepInputs, lora: LoraClass) -> LoraBatch:
         """Tiles of one slot's tokens."""

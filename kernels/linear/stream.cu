@@ -174,7 +174,8 @@ template <int kTokens>
 __device__ bool gather(float (&sums)[Plan<kTokens>::kHeld], const Problem& problem, int tile,
                        const Owners& owners) {
   constexpr int kThreads = 32 * kWarps, kPieces = Plan<kTokens>::kHeld / 4;
-  constexpr int kAtOnce = 12 / kPieces;  // parts on their way: for more, registers are few
+  // Parts on their way: a block's registers have to leave room for what follows.
+  constexpr int kAtOnce = kTokens == 16 ? 5 : kTokens == 32 ? 3 : 1;
   __shared__ bool is_last;
   // A block's part is its first if the run began inside of the tile, which all but one did.
   const auto part_of = [&](int owner) {

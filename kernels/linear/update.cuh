@@ -13,7 +13,7 @@ namespace lorafleet {
 
 constexpr int kShrinkWarps = 4;
 constexpr int kPieceRanks = 16;
-constexpr int kMostPieces = 8;
+constexpr int kMostPieces = 8;  // as cuda.py counts them
 constexpr int kMostTokens = 64;
 
 // Of a product's rows. Its h: [tokens][gate, up][ranks], rounded, zero where a slot has less, the
@@ -66,9 +66,10 @@ struct Side {
   }
 };
 
-// The warps that shrink: returns when those of all blocks have come here. All blocks are resident:
-// they are as many as multiprocessors or less, with room for one on each, and nothing that runs before
-// them waits for them.
+// The warps that shrink: returns when those of all blocks have come here. All blocks get their place:
+// they are as many as multiprocessors or less, with room for one on each; what runs before them does
+// not wait for them, and what follows in the stream begins when all of them have. Two such launches at
+// once could wait for each other: one engine a device, which MPS must not share.
 __device__ inline void meet_blocks(int* met, int thread) {
   meet<kShrinkWarps, 2>();
   if (thread == 0) {
@@ -77,8 +78,9 @@ __device__ inline void meet_blocks(int* met, int thread) {
     atomicAdd(met, 1);
     int there;
     do {
-      asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(there) : "l"(met) : "memory");
+      asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(there) : "l"(met) : "memory");
     } while (there < blocks);
+    __threadfence();  // once: an acquire would empty the L1 at every look
     if (atomicAdd(met + 1, 1) == blocks - 1) met[0] = met[1] = 0;  // as the next launch expects it
   }
   meet<kShrinkWarps, 2>();
@@ -128,6 +130,7 @@ __device__ void sum_h(T* h, const Update& of, int thread) {
 template <typename T>
 __device__ void list_pieces(Pieces<T>& pieces, const Update& of) {
   const Shrink& shrink = of.shrink;
+  static_assert(kGroup == 8, "as many bits");
   const int lane = threadIdx.x % 32;
   const unsigned group = 0xffu << lane / kGroup * kGroup, below = (1u << lane) - 1;
   int listed = 0;
@@ -145,14 +148,15 @@ __device__ void list_pieces(Pieces<T>& pieces, const Update& of) {
       if (lane >= step) end += before;
     }
     for (int i = 0; i < mine; ++i) {
-      const int r = i * kPieceRanks;
+      const int r = i * kPieceRanks, index = listed + end - mine + i;
       const int64_t skipped = static_cast<int64_t>(r) * shrink.site.outs[0];
-      pieces.at[listed + end - mine + i] = {
-          {gate.b + skipped, up.b + skipped}, {gate.rank - r, up.rank - r}, token, r};
+      if (index < kMostPieces)
+        pieces.at[index] = {
+            {gate.b + skipped, up.b + skipped}, {gate.rank - r, up.rank - r}, token, r};
     }
     listed += __shfl_sync(kFullWarp, end, 31);
   }
-  if (lane == 0) pieces.count = listed;
+  if (lane == 0) pieces.count = min(listed, kMostPieces);
 }
 
 // The update of a warp's 16 rows of a tile: 8 outputs of gate and the same of up, from `output` on, of
@@ -166,9 +170,9 @@ class TileUpdate {
   __device__ TileUpdate(const Update& of, const Pieces<T>& pieces, const T* h, T* staged,
                         uint64_t* shrunk, int output, bool exists, bool is_ours)
       : pieces_(pieces), staged_(staged), shrunk_(shrunk), ranks_(of.ranks),
-        end_(is_ours ? pieces.count : 0), exists_(exists) {
+        stride_(of.stride()), end_(is_ours ? pieces.count : 0), exists_(exists) {
     const int lane = threadIdx.x % 32;
-    h_ = h + lane / 4 * stride() + lane % 4 * 2;
+    h_ = h + lane / 4 * stride_ + lane % 4 * 2;
     offset_ = lane % 16 * of.shrink.site.outs[0] + output;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) rows_[i] = load(i);
@@ -192,15 +196,13 @@ class TileUpdate {
   }
 
  private:
-  __device__ int stride() const { return 2 * ranks_ + kWide; }
-
   // A lane's 8 outputs of a rank: of gate in the warp's first half, of up in the second.
   __device__ uint4 load(int index) const {
     if (index >= end_ || !exists_) return make_uint4(0, 0, 0, 0);
     const Piece<T>& piece = pieces_.at[index];
     const int lane = threadIdx.x % 32;
     if (lane % 16 >= piece.left[lane / 16]) return make_uint4(0, 0, 0, 0);
-    return *reinterpret_cast<const uint4*>(piece.b[lane / 16] + offset_);
+    return __ldg(reinterpret_cast<const uint4*>(piece.b[lane / 16] + offset_));
   }
 
   __device__ void add_staged(float (&sums)[kTokens / 2], const Piece<T>& piece) {
@@ -210,7 +212,7 @@ class TileUpdate {
     load_transposed(b, shared_address(staged_) + 16 * lane);
     __syncwarp();
     const bool counts = pieces_.slots[group * kGroup + lane / 4] == pieces_.slots[piece.token];
-    const T* h = h_ + group * kGroup * stride() + piece.first;
+    const T* h = h_ + group * kGroup * stride_ + piece.first;
     const auto pair = [&](int at) {
       return counts ? *reinterpret_cast<const uint32_t*>(h + at) : 0;
     };
@@ -230,7 +232,7 @@ class TileUpdate {
   T* staged_;
   uint64_t* shrunk_;
   const T* h_;
-  int ranks_, offset_, next_ = 0, end_;  // of the pieces
+  int ranks_, stride_, offset_, next_ = 0, end_;  // of the pieces
   bool exists_;
   uint4 rows_[kAhead];
 };

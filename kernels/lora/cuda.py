@@ -36,7 +36,9 @@ _WAVE_TILES = 396  # three, which are as many as it has room for
 GROUP = 8  # tokens side by side that share the reads of their weights
 # Tokens times their largest rank; beyond, a product's spare warps are too few for the bytes of A.
 _MAX_CARRIED = 1024
-_MAX_PIECES = 8  # of an update in its product's launch, see update.cuh: more are faster apart
+_MAX_PIECES = (
+    8  # of an update in its product's launch, as update.cuh lists them: more are faster apart
+)
 
 
 class Shrunk(NamedTuple):

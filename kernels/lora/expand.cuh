@@ -87,6 +87,7 @@ struct StagedRankRows {
   uint4 (*rows)[32];  // kRankRows, of this warp
 
   __device__ void load(const Part<T>& part, int r0, int offset, bool inside) {
+    asm volatile("" ::: "memory");  // what was there has been read
 #pragma unroll
     for (int i = 0; i < kRankRows; ++i)
       copy_async(shared_address(&rows[i][threadIdx.x % 32]),

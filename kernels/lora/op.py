@@ -80,7 +80,7 @@ class LoraBatch:
         tiles: torch.Tensor | None = None,
         is_few: bool = False,
     ) -> Self:
-        """Tokens of any slots whose ranks are `max_rank` or less, or if `is_few` of few slots.
+        """Tokens of any slots whose ranks are `max_rank` or less; if `is_few`, of few slots alone.
 
         `tiles`: int32 [num_tiles, 3] on the device as `cuda.tiles_of` cuts them, empty ones last;
         without, the decode form of the kernels serves them.
