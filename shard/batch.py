@@ -13,6 +13,7 @@ from lorafleet.shard.attention import AttentionBatch, PagedBatch, PrefillSpan
 from lorafleet.shard.config import PAGE_SIZE
 from lorafleet.shard.flash_attention import FlashAttention
 from lorafleet.shard.kv_pool import KvPool
+from lorafleet.shard.last_tokens import LastTokens
 from lorafleet.shard.rows import RowTable
 from lorafleet.shard.token_step import ends, per_token, row_pages, segments_of
 from lorafleet.shard.transfers import to_device
@@ -37,6 +38,17 @@ class Batch:
     sample_rows: list[int]
     sample_positions: list[int]
     sample_segments: tuple[tuple[int, int, int], ...]
+
+    @property
+    def last_tokens(self) -> LastTokens | None:
+        """The sampling rows' tokens; None where they are all."""
+        if len(self.sample_tokens) == len(self.token_ids):
+            return None
+        slots = self.lora.row_slots
+        if not self.lora.is_empty:
+            slots = slots[self.sample_tokens]
+        lora = LoraBatch(slots, self.sample_segments, self.lora.max_rank)
+        return LastTokens(self.sample_tokens, lora)
 
 
 def build_batch(

@@ -7,6 +7,7 @@ with its product. A decoder with layers of another shape runs transformers' own 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,9 @@ _LLAMA_SHAPE = (
 )
 # Rotary tables that do not depend on how long the running sequences are.
 _STATIC_ROPE = ("default", "linear", "yarn", "llama3")
+
+# Rows [num_tokens, any] in, rows of some of the tokens out; the sites' rows are those from then on.
+Keep = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +68,27 @@ class FusedLayers:
         )
 
     def forward(
-        self, embedded: torch.Tensor, positions: torch.Tensor, paged: PagedBatch
+        self,
+        embedded: torch.Tensor,
+        positions: torch.Tensor,
+        paged: PagedBatch,
+        keep: Keep | None = None,
     ) -> torch.Tensor:
         """[num_tokens, hidden] embeddings and [num_tokens] positions -> [num_tokens, hidden].
 
-        `embedded` is overwritten: it carries the residual stream.
+        `embedded` is overwritten: it carries the residual stream. With `keep`, only the tokens that
+        it keeps go on after the last attention, and are in the result.
         """
         cos, sin = self._cos[positions], self._sin[positions]
         residual, eps = embedded, self._eps
         x = rms_norm(residual, self._layers[0].input_norm, eps)
         for layer, following in zip(self._layers, [*self._layers[1:], None], strict=True):
-            o, pending = layer.o.product(self._attend(layer, x, cos, sin, paged))
+            attended = self._attend(layer, x, cos, sin, paged)
+            if following is None and keep is not None:
+                attended, residual = keep(attended, residual)
+                if not len(residual):
+                    return residual
+            o, pending = layer.o.product(attended)
             x = add_rms_norm_(o, residual, layer.post_norm, eps, pending)
             down, pending = layer.down.product(layer.gate_up.activated(x))
             norm = self._final_norm if following is None else following.input_norm

@@ -26,8 +26,9 @@ from lorafleet.shard.attention import AttentionKind, PagedBatch, attention_kind
 from lorafleet.shard.checkpoint import Checkpoint
 from lorafleet.shard.errors import BadCheckpoint, UnsupportedModel
 from lorafleet.shard.experts import MoeBlock, is_moe, make_moe
-from lorafleet.shard.fused_layers import FusedLayers
+from lorafleet.shard.fused_layers import FusedLayers, Keep
 from lorafleet.shard.group import Group
+from lorafleet.shard.last_tokens import LastTokens
 from lorafleet.shard.layers import (
     ColumnMember,
     ColumnSite,
@@ -147,19 +148,35 @@ class Decoder:
         positions: torch.Tensor,
         paged: PagedBatch,
         lora: LoraBatch,
+        last: LastTokens | None = None,
     ) -> torch.Tensor:
-        """Hidden states [num_tokens, hidden] of a step's tokens; ids and positions [num_tokens]."""
+        """Hidden states [num_tokens, hidden] of a step's tokens; ids and positions [num_tokens].
+
+        With `last` those of these tokens alone.
+        """
         self._lora.begin(lora, self._parts_of)
         if self._line is not None:
             embedded = self._base.embed_tokens(token_ids.unsqueeze(0))[0]
-            return self._line.forward(embedded, positions, paged)
+            return self._line.forward(embedded, positions, paged, self._keep(last))
         output = self._base(
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             use_cache=False,
             paged=paged,
         )
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden if last is None else hidden[last.tokens]
+
+    def _keep(self, last: LastTokens | None) -> Keep | None:
+        """Picks the last tokens, and tells the sites."""
+        if last is None:
+            return None
+
+        def keep(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            self._lora.begin(last.lora, self._parts_of)
+            return a[last.tokens], b[last.tokens]
+
+        return keep
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, segments: Segments = ()) -> torch.Tensor:

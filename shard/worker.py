@@ -176,25 +176,34 @@ class Worker:
         batch = build_batch(
             plan, self._rows, self._pool, self._max_rank(plan), self._fast.attention
         )
-        hidden = self._decoder.forward(batch.token_ids, batch.positions, batch.paged, batch.lora)
+        wants_all = self._wants_prompt_logprobs(plan)
+        hidden = self._decoder.forward(
+            batch.token_ids, batch.positions, batch.paged, batch.lora,
+            None if wants_all else batch.last_tokens,
+        )  # fmt: skip
         if batch.sample_rows:
-            logits = self._decoder.logits(hidden[batch.sample_tokens], batch.sample_segments)
+            drawn = hidden[batch.sample_tokens] if wants_all else hidden
+            logits = self._decoder.logits(drawn, batch.sample_segments)
             draw = self._draw(logits, batch.sample_rows, batch.sample_positions)
             launched.columns |= self._answer(logits, draw, batch.sample_rows)
-        launched.columns |= self._prompt_logprobs(plan, batch, hidden)
+        if wants_all:
+            launched.columns |= self._prompt_logprobs(plan, batch, hidden)
 
     def _max_rank(self, plan: StepPlan) -> int:
         return max(map(self._adapters.rank, plan.slots))
 
     def _is_plain(self, plan: StepPlan, max_tokens: int) -> bool:
         """Whether a captured graph of so many tokens may compute all that the plan asks for."""
-        prompts = [self._rows.sampling[row] for row in plan.rows[: plan.num_prefills]]
         return (
             sum(plan.token_counts) <= max_tokens
-            and not any(params.prompt_logprobs for params in prompts)
+            and not self._wants_prompt_logprobs(plan)
             # A graph holds the sites' work and nothing of parts.
             and not any(map(self._adapters.parts, plan.slots))
         )
+
+    def _wants_prompt_logprobs(self, plan: StepPlan) -> bool:
+        prompts = plan.rows[: plan.num_prefills]
+        return any(self._rows.sampling[row].prompt_logprobs for row in prompts)
 
     def _answer_replayed(
         self, plan: StepPlan, raw: torch.Tensor, draw: Draw, launched: Launched

@@ -77,6 +77,36 @@ def test_logits_equal_transformers(name: str, fused: bool, tmp_path: Path) -> No
         torch.testing.assert_close(logits_in_steps(decoder, chunks), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_last_layer_does_only_what_is_read(name: str, fused: bool, tmp_path: Path) -> None:
+    decoder = load(make_checkpoint(name, tmp_path), fused)
+    part = decoder.partition
+    layers = decoder.config.num_hidden_layers
+    found, stored = [], []
+    for samples in ([False, False], [True, False], [True, True], None):
+        rows = RowTable(4, 64, CPU)
+        pool = KvPool(layers, 8, part.local_kv_heads, part.head_dim, torch.float32, CPU)
+        for row in (0, 3):
+            rows.begin(SequenceStart(row, TOKENS[row:], len(TOKENS) - row, SamplingParams()))
+        plan = StepPlan(
+            1, num_prefills=2, rows=[0, 3], first_positions=[0, 0], token_counts=[20, 7],
+            slots=[0, 0], samples=samples or [True, True], new_page_counts=[2, 1],
+            pages=[3, 1, 6],
+        )  # fmt: skip
+        rows.append_pages(plan)
+        batch = build_batch(plan, rows, pool, max_rank=0)
+        last = batch.last_tokens if samples else None
+        step = batch.token_ids, batch.positions, batch.paged, batch.lora
+        found.append(decoder.forward(*step, last))
+        stored.append(torch.stack([*pool.keys, *pool.values]))
+    none, one, both, every = found
+    assert none.shape == (0, every.shape[1])
+    torch.testing.assert_close(one, every[[19]])
+    torch.testing.assert_close(both, every[[19, 26]])
+    assert all(torch.equal(each, stored[-1]) for each in stored)
+
+
 def test_a_checkpoint_in_several_files(tmp_path: Path) -> None:
     whole = load(make_checkpoint("llama", tmp_path / "one"))
     directory = make_checkpoint("llama", tmp_path / "many", shard_size="100KB")
