@@ -55,7 +55,7 @@ class ProductRing {
 
   // `first`: of the tile's first token, at the block's first output, of which `columns` are there.
   // Starts the first groups.
-  __device__ ProductRing(const T* first, int64_t width, int64_t apart, int count, int columns)
+  __device__ ProductRing(const T* first, int width, int apart, int count, int columns)
       : from_(first + piece()), width_(width), apart_(apart),
         count_(piece() < columns ? count : 0) {
     __shared__ __align__(16) T stages[kAhead + 1][kParts][kGroup][kTileOuts + kWide];
@@ -100,8 +100,7 @@ class ProductRing {
 
   T (*stages_)[kParts][kGroup][kTileOuts + kWide];
   const T* from_;
-  int64_t width_, apart_;
-  int count_;
+  int width_, apart_, count_;
 };
 
 // A warp's 64 outputs of a tile, for 8 of its tokens at a time, without shared memory: outputs and
