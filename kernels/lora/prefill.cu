@@ -171,10 +171,17 @@ __global__ void __launch_bounds__(128, 3)
   }
 }
 
-// y += the update. grid (output tiles, token tiles): with 8 blocks a multiprocessor, all of 4,096 tokens
-// and outputs at once on 132 of them.
+// Of a multiprocessor. With 8, those of 4,096 tokens and outputs are all there at once on 132; compiled
+// for others than Hopper they would spill.
+#if __CUDA_ARCH__ == 900
+constexpr int kExpandBlocks = 8;
+#else
+constexpr int kExpandBlocks = 7;
+#endif
+
+// y += the update. grid (output tiles, token tiles).
 template <typename T>
-__global__ void __launch_bounds__(kTileThreads, 8)
+__global__ void __launch_bounds__(kTileThreads, kExpandBlocks)
     expand_prefill_kernel(T* y, Pending pending, int y_width) {
   let_next_begin();
   wait_for_inputs();
