@@ -39,9 +39,8 @@ class Batch:
     sample_positions: list[int]
     sample_segments: tuple[tuple[int, int, int], ...]
 
-    @property
     def last_tokens(self) -> LastTokens | None:
-        """The sampling rows' tokens; None where they are all."""
+        """The sampling rows' tokens; None where every token is one, each in its place."""
         if len(self.sample_tokens) == len(self.token_ids):
             return None
         slots = self.lora.row_slots

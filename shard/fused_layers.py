@@ -28,7 +28,7 @@ _LLAMA_SHAPE = (
 # Rotary tables that do not depend on how long the running sequences are.
 _STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 
-# Rows [num_tokens, any] in, rows of some of the tokens out; the sites' rows are those from then on.
+# Rows [num_tokens, any] in, rows of some of the tokens out; it also tells the sites whose they are.
 Keep = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 

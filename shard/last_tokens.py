@@ -10,8 +10,9 @@ from lorafleet.kernels.lora.op import LoraBatch
 
 
 class LastTokens(NamedTuple):
-    """Of a prompt that is its last token alone: what the last layer does after attention is only
-    worth doing for these. `tokens`: int64 [n] of the step's. `lora`: of these n alone.
+    """A prompt has one, its last: for the others the last layer need do nothing after attention.
+
+    `tokens`: int64 [n], which of the step's. `lora`: of these n alone.
     """
 
     tokens: torch.Tensor

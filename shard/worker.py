@@ -179,7 +179,7 @@ class Worker:
         wants_all = self._wants_prompt_logprobs(plan)
         hidden = self._decoder.forward(
             batch.token_ids, batch.positions, batch.paged, batch.lora,
-            None if wants_all else batch.last_tokens,
+            None if wants_all else batch.last_tokens(),
         )  # fmt: skip
         if batch.sample_rows:
             drawn = hidden[batch.sample_tokens] if wants_all else hidden
@@ -263,4 +263,4 @@ class Worker:
                 nexts = self._rows.tokens[row, span.first + 1 : span.first + 1 + count]
                 logprobs = logits.log_softmax(-1).gather(1, nexts.unsqueeze(1)).squeeze(1)
                 found.append(logprobs.clamp_(min=LOWEST_LOGPROB))
-        return {"prompt_logprobs": to_host(torch.cat(found))} if found else {}
+        return {"prompt_logprobs": to_host(torch.cat(found))}

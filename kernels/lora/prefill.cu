@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(128, 3)
 }
 
 // Of a multiprocessor. With 8, those of 4,096 tokens and outputs are all there at once on 132; compiled
-// for others than Hopper they would spill.
+// for 8.x they would spill.
 #if __CUDA_ARCH__ == 900
 constexpr int kExpandBlocks = 8;
 #else

@@ -65,11 +65,12 @@ class ThreadGroup(Group):
 
 def logits_of(
     model: Path, adapters: Sequence[Path | None], tokens: Sequence[Sequence[int]],
-    chunks: Sequence[int], world: int, fused: bool = True,
+    chunks: Sequence[int], world: int, fused: bool = True, samples: Sequence[bool] | None = None,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Logits [tokens, vocab] of each adapter's tokens, equally many, all in one batch.
 
     `chunks`: tokens of a sequence that each step computes. Every rank must find the same logits.
+    With `samples` logits [steps, vocab] of the last tokens of those that sample alone.
     """
     meeting = Meeting(world)
     # One after the other: building on the meta device patches torch for all threads.
@@ -78,7 +79,7 @@ def logits_of(
     def run(decoder: Decoder) -> list[torch.Tensor]:
         try:
             with torch.inference_mode():
-                return _run(decoder, _attach(decoder, model, adapters), tokens, chunks)
+                return _run(decoder, _attach(decoder, model, adapters), tokens, chunks, samples)
         except BaseException:
             meeting.barrier.abort()
             raise
@@ -122,6 +123,7 @@ def _run(
     slots: Sequence[int],
     tokens: Sequence[Sequence[int]],
     chunks: Sequence[int],
+    samples: Sequence[bool] | None,
 ) -> list[torch.Tensor]:
     count, part = len(slots), decoder.partition
     rows = RowTable(count, _MAX_LEN, CPU)
@@ -141,7 +143,7 @@ def _run(
             first_positions=[first] * count,
             token_counts=[length] * count,
             slots=list(slots),
-            samples=[False] * count,
+            samples=list(samples or [False] * count),
             new_page_counts=[needed - held] * count,
             pages=[
                 row * _PAGES_EACH + page for row in range(count) for page in range(held, needed)
@@ -149,7 +151,9 @@ def _run(
         )
         rows.append_pages(plan)
         batch = build_batch(plan, rows, pool, max_rank=0)
-        hidden = decoder.forward(batch.token_ids, batch.positions, batch.paged, batch.lora)
-        found.append(decoder.logits(hidden).view(count, length, -1))
+        last = batch.last_tokens() if samples else None
+        hidden = decoder.forward(batch.token_ids, batch.positions, batch.paged, batch.lora, last)
+        each = sum(samples) if samples else count
+        found.append(decoder.logits(hidden).view(each, -1, decoder.partition.vocab_size))
         first += length
     return list(torch.cat(found, 1))

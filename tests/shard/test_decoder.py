@@ -96,7 +96,7 @@ def test_the_last_layer_does_only_what_is_read(name: str, fused: bool, tmp_path:
         )  # fmt: skip
         rows.append_pages(plan)
         batch = build_batch(plan, rows, pool, max_rank=0)
-        last = batch.last_tokens if samples else None
+        last = batch.last_tokens() if samples else None
         step = batch.token_ids, batch.positions, batch.paged, batch.lora
         found.append(decoder.forward(*step, last))
         stored.append(torch.stack([*pool.keys, *pool.values]))

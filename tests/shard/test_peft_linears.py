@@ -10,6 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from lorafleet.kernels.lora.op import Pending
+from lorafleet.shard.layers import RowSite
 from tests.checkpoints import make_checkpoint
 from tests.shard.ranks import logits_of
 
@@ -133,3 +135,31 @@ def test_a_model_whose_own_linears_are_fused(targets: list[str], tmp_path: Path)
     model = make_checkpoint("phi3", tmp_path / "model")
     options = {"use_dora": True, "target_modules": targets}
     check(model, [save_adapter(model, tmp_path / "adapter", options)])
+
+
+def test_the_last_layer_knows_whose_its_tokens_are(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["plain", "dora", "lora_bias", "dora with biases", "bias lora_only"]
+    saved = [save_adapter(qwen, tmp_path / name, FEATURES[name]) for name in names]
+    adapters = [None, *saved[:2], None, *saved[2:]]
+    tokens = [PROMPT] * len(adapters)
+    samples = [True, False, True, True, False, True, True]
+    read: list[int] = []
+    product = RowSite.product
+
+    def counted(site: RowSite, rows: torch.Tensor) -> tuple[torch.Tensor, Pending | None]:
+        read.append(len(rows))
+        return product(site, rows)
+
+    monkeypatch.setattr(RowSite, "product", counted)
+    for world in (1, 2):
+        every = logits_of(qwen, adapters, tokens, [len(PROMPT)], world)
+        read.clear()
+        last = logits_of(qwen, adapters, tokens, [len(PROMPT)], world, samples=samples)
+        expected = [rows[-1:] for rows, drawn in zip(every, samples, strict=True) if drawn]
+        torch.testing.assert_close(torch.cat(last), torch.cat(expected), rtol=1e-4, atol=1e-4)
+        # o and down of both layers on each rank: the last layer's of what is sampled alone.
+        assert (
+            sorted(read) == [sum(samples)] * 2 * world + [len(adapters) * len(PROMPT)] * 2 * world
+        )

@@ -75,7 +75,7 @@ def prefill(name: str, rounds: int = 30) -> list[Row]:
 
     Medians; what is kept of the speed is the median over rounds, in which base only has a turn
     before the adapters and one after: the device's clock and the host move more from second to
-    second than the two differ, and a device that slows down would be the adapters' cost.
+    second than the two differ, and of a device that slows down the adapters would bear the cost.
     """
     shape = SHAPES[name]
     engine = Engine.build(shape, max_rows=8, max_len=1024, num_slots=8,
@@ -84,7 +84,7 @@ def prefill(name: str, rounds: int = 30) -> list[Row]:
     turns = [(engine.prefill([0] * 8, 512), engine.prefill(slots, 512)) for _ in range(rounds)][2:]
     bases, mixed = zip(*turns, strict=True)
     base, distinct = 1e3 * statistics.median(bases), 1e3 * statistics.median(mixed)
-    around = zip(pairwise(bases), mixed, strict=False)
+    around = zip(pairwise(bases), mixed[:-1], strict=True)
     kept = statistics.median((before + after) / 2 / turn for (before, after), turn in around)
     print(f"{name} prefill 8 x 512: base {base:.1f} ms, distinct r16 {distinct:.1f} ms, "
           f"kept {kept:.3f}", flush=True)  # fmt: skip
