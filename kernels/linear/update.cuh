@@ -183,8 +183,7 @@ class TileUpdate {
   // Adds the next piece. Waits for h.
   __device__ void advance(float (&sums)[kTokens / 2]) {
     wait(shrunk_, 0);
-    // One loop's code for all pieces, though rows are in registers: what runs but once has to come from
-    // the L2 first.
+    // Rows are in registers, which have no index: the code is one loop's for all pieces all the same.
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (i != next_ % kAhead) continue;

@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lorafleet.kernels.lora.op import Pending
 from lorafleet.proto.messages import SamplingParams, SequenceStart, StepPlan
 from lorafleet.shard.batch import build_batch
 from lorafleet.shard.checkpoint import Checkpoint
 from lorafleet.shard.errors import BadCheckpoint, UnsupportedModel
 from lorafleet.shard.group import Group
 from lorafleet.shard.kv_pool import KvPool
+from lorafleet.shard.layers import RowSite
 from lorafleet.shard.model import SUPPORTED, Decoder
 from lorafleet.shard.rows import RowTable
 from tests.checkpoints import FAMILIES, make_checkpoint
@@ -79,7 +81,17 @@ def test_logits_equal_transformers(name: str, fused: bool, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_the_last_layer_does_only_what_is_read(name: str, fused: bool, tmp_path: Path) -> None:
+def test_the_last_layer_does_only_what_is_read(
+    name: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multiplied: list[int] = []  # rows, by each of o and down
+    product = RowSite.product
+
+    def counted(site: RowSite, rows: torch.Tensor) -> tuple[torch.Tensor, Pending | None]:
+        multiplied.append(len(rows))
+        return product(site, rows)
+
+    monkeypatch.setattr(RowSite, "product", counted)
     decoder = load(make_checkpoint(name, tmp_path), fused)
     part = decoder.partition
     layers = decoder.config.num_hidden_layers
@@ -97,8 +109,12 @@ def test_the_last_layer_does_only_what_is_read(name: str, fused: bool, tmp_path:
         rows.append_pages(plan)
         batch = build_batch(plan, rows, pool, max_rank=0)
         last = batch.last_tokens() if samples else None
+        multiplied.clear()
         step = batch.token_ids, batch.positions, batch.paged, batch.lora
         found.append(decoder.forward(*step, last))
+        if fused and name == "llama":  # others compute all and pick
+            read = 27 if samples is None else sum(samples)
+            assert multiplied == [27, 27] * (layers - 1) + [read, read] * (read > 0)
         stored.append(torch.stack([*pool.keys, *pool.values]))
     none, one, both, every = found
     assert none.shape == (0, every.shape[1])
